@@ -1,0 +1,21 @@
+"""Mistakes a user can make, each told in one sentence; entry points turn them into exit code 2."""
+
+
+class UserError(Exception):
+    """Something outside the code is wrong: the message says what, what is allowed and what to do."""
+
+
+class ConfigError(UserError):
+    """A configuration value, or a combination of values, that cannot be honoured."""
+
+
+class TopologyError(UserError):
+    """The number of processes does not fit blocks, replicas and coordinator."""
+
+
+class DataError(UserError):
+    """A dataset that is missing, damaged or of another form than its name says."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or weights file that is missing, damaged or of another model."""
