@@ -1,0 +1,277 @@
+"""The vision transformer, split into shared modules and blocks of layers; knows nothing of noise or ranks.
+
+Two versions of the same size: the noise-conditioned one of DiffusionBlocks (`ViTShared`, layers with AdaLN) and
+the plain one for end-to-end training (`PlainViTShared`, layers without). Parameter names carry the global layer
+index, so that shared modules and blocks of one model never clash. Layout of the published code: FACTS of
+arXiv 2506.14202's ViT (post-activation AdaLN, label embedding in place of the class token, LayerNorm eps 1e-12).
+
+Shapes: N samples, C channels, S image side, T = patches + 1 tokens, D width, E condition width, K classes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dbdist import seeds
+from dbdist.errors import ConfigError
+
+LAYER_NORM_EPS = 1e-12
+NUM_FREQUENCIES = 256
+MAX_PERIOD = 10_000.0
+INIT_STD = 0.02
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """Sizes of the transformer. Raises ConfigError when patches do not tile the image."""
+
+    image_size: int
+    channels: int
+    num_classes: int
+    patch_size: int
+    hidden_size: int
+    num_heads: int
+    mlp_size: int
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                f"model.patch_size {self.patch_size} does not divide the image side {self.image_size}; "
+                "choose a divisor or resize with data.image_size"
+            )
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def condition_size(self) -> int:
+        return self.hidden_size // 6
+
+
+class AdaLN(nn.Module):
+    """`num_chunks` modulation vectors from the noise-level condition: SiLU(Linear(c)), zero at first."""
+
+    def __init__(self, config: ViTConfig, num_chunks: int) -> None:
+        super().__init__()
+        self.num_chunks = num_chunks
+        self.linear = nn.Linear(config.condition_size, num_chunks * config.hidden_size)
+
+    def forward(self, condition_NE: Float[Tensor, "n e"]) -> tuple[Tensor, ...]:
+        return F.silu(self.linear(condition_NE)).chunk(self.num_chunks, dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a joint projection to queries, keys and values."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.attention_dropout
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
+        q_NHTK, k_NHTK, v_NHTK = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        y_NHTK = F.scaled_dot_product_attention(q_NHTK, k_NHTK, v_NHTK, dropout_p=dropout)
+        return self.out(y_NHTK.transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer; with a condition, AdaLN shifts, scales and gates both branches."""
+
+    def __init__(self, config: ViTConfig, conditioned: bool) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.norm1 = nn.LayerNorm(d, eps=LAYER_NORM_EPS)
+        self.attention = Attention(config)
+        self.norm2 = nn.LayerNorm(d, eps=LAYER_NORM_EPS)
+        self.mlp_in = nn.Linear(d, config.mlp_size)
+        self.mlp_out = nn.Linear(config.mlp_size, d)
+        self.dropout = nn.Dropout(config.dropout)
+        self.adaln = AdaLN(config, num_chunks=6) if conditioned else None
+
+    def forward(
+        self, x: Float[Tensor, "n t d"], condition_NE: Float[Tensor, "n e"] | None
+    ) -> Float[Tensor, "n t d"]:
+        if self.adaln is None:
+            x = x + self.dropout(self.attention(self.norm1(x)))
+            return x + self.dropout(self._mlp(self.norm2(x)))
+        chunks = self.adaln(condition_NE)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (chunk.unsqueeze(1) for chunk in chunks)
+        x = x + gate1 * self.dropout(self.attention(self.norm1(x) * (1 + scale1) + shift1))
+        return x + gate2 * self.dropout(self._mlp(self.norm2(x) * (1 + scale2) + shift2))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.mlp_out(F.gelu(self.mlp_in(x)))
+
+
+class Block(nn.Module):
+    """A group of consecutive layers, named by their index in the whole model."""
+
+    def __init__(
+        self, config: ViTConfig, layers: range, *, conditioned: bool, recompute: bool = False
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({str(i): Layer(config, conditioned) for i in layers})
+        self.recompute = recompute
+
+    def forward(
+        self, x: Float[Tensor, "n t d"], condition_NE: Float[Tensor, "n e"] | None
+    ) -> Float[Tensor, "n t d"]:
+        for layer in self.layers.values():
+            if self.recompute and self.training:
+                x = checkpoint(layer, x, condition_NE, use_reentrant=False)
+            else:
+                x = layer(x, condition_NE)
+        return x
+
+
+class ViTShared(nn.Module):
+    """Everything outside the blocks of the noise-conditioned ViT."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        d, e, p = config.hidden_size, config.condition_size, config.patch_size
+        self.patch_embed = nn.Conv2d(config.channels, d, kernel_size=p, stride=p)
+        self.positions = nn.Parameter(torch.empty(config.num_patches + 1, d))
+        self.label_table = nn.Parameter(torch.empty(config.num_classes, d))
+        self.noise_mlp_in = nn.Linear(NUM_FREQUENCIES, e)
+        self.noise_mlp_out = nn.Linear(e, e)
+        self.norm = nn.LayerNorm(d, eps=LAYER_NORM_EPS)
+        self.adaln = AdaLN(config, num_chunks=2)
+        self.head = nn.Linear(d, config.num_classes)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def embed(
+        self, images: Float[Tensor, "n c s s"], z_in: Float[Tensor, "n d"]
+    ) -> Float[Tensor, "n t d"]:
+        """Tokens: the scaled noisy label embedding in place of a class token, then the patches."""
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([z_in.unsqueeze(1).to(patches.dtype), patches], dim=1)
+        return self.dropout(tokens + self.positions)
+
+    def embed_noise(self, c_noise: Float[Tensor, " n"]) -> Float[Tensor, "n e"]:
+        """The condition of every AdaLN: SiLU of an MLP on 256 sinusoids of c_noise, cosines first."""
+        half = NUM_FREQUENCIES // 2
+        exponent = torch.arange(half, device=c_noise.device, dtype=c_noise.dtype) / half
+        angle = c_noise.unsqueeze(-1) * torch.exp(-math.log(MAX_PERIOD) * exponent)
+        sinusoid = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        return F.silu(self.noise_mlp_out(F.silu(self.noise_mlp_in(sinusoid))))
+
+    def read(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, "n d"]:
+        """F, the network's raw output: the first token after the final LayerNorm."""
+        return self.norm(tokens[:, 0])
+
+    def logits(
+        self, state: Float[Tensor, "n d"], condition_NE: Float[Tensor, "n e"]
+    ) -> Float[Tensor, "n k"]:
+        """Class logits of the preconditioned state: AdaLN, then a linear head."""
+        shift, scale = self.adaln(condition_NE)
+        return self.head(state * (1 + scale) + shift)
+
+
+class PlainViTShared(nn.Module):
+    """Everything outside the layers of the plain ViT: class token, patches, positions, norm and head."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        d, p = config.hidden_size, config.patch_size
+        self.patch_embed = nn.Conv2d(config.channels, d, kernel_size=p, stride=p)
+        self.class_token = nn.Parameter(torch.empty(d))
+        self.positions = nn.Parameter(torch.empty(config.num_patches + 1, d))
+        self.norm = nn.LayerNorm(d, eps=LAYER_NORM_EPS)
+        self.head = nn.Linear(d, config.num_classes)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def embed(self, images: Float[Tensor, "n c s s"]) -> Float[Tensor, "n t d"]:
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)
+        class_token = self.class_token.to(patches.dtype).expand(len(images), 1, -1)
+        return self.dropout(torch.cat([class_token, patches], dim=1) + self.positions)
+
+    def logits(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, "n k"]:
+        return self.head(self.norm(tokens[:, 0]))
+
+
+class PlainViT(nn.Module):
+    """The whole plain ViT: images to class logits."""
+
+    def __init__(self, shared: PlainViTShared, block: Block) -> None:
+        super().__init__()
+        self.shared = shared
+        self.block = block
+
+    def forward(self, images: Float[Tensor, "n c s s"]) -> Float[Tensor, "n k"]:
+        return self.shared.logits(self.block(self.shared.embed(images), None))
+
+
+def build_shared(config: ViTConfig, seed: int | None, device: torch.device) -> ViTShared:
+    """The shared modules, initialised from the seed (left empty when it is None)."""
+    with torch.device("meta"):
+        shared = ViTShared(config)
+    return _materialise(shared, seed, device)
+
+
+def build_plain_shared(config: ViTConfig, seed: int | None, device: torch.device) -> PlainViTShared:
+    """As `build_shared`, for the plain ViT."""
+    with torch.device("meta"):
+        shared = PlainViTShared(config)
+    return _materialise(shared, seed, device)
+
+
+def build_block(
+    config: ViTConfig,
+    layers: range,
+    seed: int | None,
+    device: torch.device,
+    *,
+    conditioned: bool = True,
+    recompute: bool = False,
+) -> Block:
+    """One block of layers, initialised from the seed (left empty when it is None).
+
+    Each layer's weights depend on the seed and its index alone, so they are the same however the model is
+    cut. `recompute`: activation checkpointing.
+    """
+    with torch.device("meta"):
+        block = Block(config, layers, conditioned=conditioned, recompute=recompute)
+    return _materialise(block, seed, device)
+
+
+def _materialise(module: M, seed: int | None, device: torch.device) -> M:
+    module.to_empty(device=device)
+    if seed is not None:
+        _initialise(module, seed)
+    return module
+
+
+@torch.no_grad()
+def _initialise(module: nn.Module, seed: int) -> None:
+    """The published initialisation: AdaLN and the conditioned head zero, tables and noise MLP N(0, 0.02),
+    everything else truncated N(0, 0.02) with zero biases. Each parameter has a random stream of its own."""
+    conditioned_head = isinstance(module, ViTShared)
+    for name, parameter in module.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        value = torch.zeros(parameter.shape, dtype=parameter.dtype)
+        generator = seeds.generator(seed, "init", name)
+        if "norm" in owner.rpartition(".")[2]:
+            value.fill_(1.0 if leaf == "weight" else 0.0)
+        elif leaf == "label_table" or (owner.startswith("noise_mlp") and leaf == "weight"):
+            value.normal_(0.0, INIT_STD, generator=generator)
+        elif leaf == "bias" or "adaln" in owner or (owner == "head" and conditioned_head):
+            pass
+        else:
+            bound = 2 * INIT_STD
+            nn.init.trunc_normal_(value, 0.0, INIT_STD, -bound, bound, generator=generator)
+        parameter.copy_(value)
