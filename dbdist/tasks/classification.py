@@ -127,7 +127,7 @@ class ClassReadout:
     def denoised(self, output: Float[Tensor, "n k"]) -> Float[Tensor, "n d"]:
         """softmax(logits) @ table."""
         table = F.normalize(self.table_KD, dim=-1) if self.normalized else self.table_KD
-        return self.probabilities(output) @ table
+        return output.softmax(dim=-1) @ table
 
     def probabilities(self, output: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         return output.softmax(dim=-1)
