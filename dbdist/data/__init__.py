@@ -1,0 +1,17 @@
+"""Images and labels: files on disk, datasets, and the order in which a block sees them."""
+
+from dbdist.data.datasets import DatasetSpec, ImageDataset, dataset_spec, load_dataset, normalize
+from dbdist.data.files import prepare
+from dbdist.data.loader import BatchStream, num_test_samples, test_batches
+
+__all__ = [
+    "BatchStream",
+    "DatasetSpec",
+    "ImageDataset",
+    "dataset_spec",
+    "load_dataset",
+    "normalize",
+    "num_test_samples",
+    "prepare",
+    "test_batches",
+]

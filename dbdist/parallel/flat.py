@@ -1,0 +1,66 @@
+"""One flat buffer for a fixed, sorted list of tensors, and the check that all ranks mean the same list."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dbdist.errors import TopologyError
+from dbdist.parallel.topology import Topology
+
+
+class FlatBuffer:
+    """Packs named tensors into one contiguous vector on the wire's device, in sorted order of names."""
+
+    def __init__(self, like: Mapping[str, Tensor], device: torch.device) -> None:
+        # Order matters: every rank walks the same sorted names.
+        self.layout = [(name, like[name].shape, like[name].dtype) for name in sorted(like)]
+        dtypes = {dtype for _, _, dtype in self.layout}
+        assert len(dtypes) == 1, f"one dtype, not {dtypes}"
+        size = sum(shape.numel() for _, shape, _ in self.layout)
+        self.data = torch.zeros(size, dtype=dtypes.pop(), device=device)
+        self.views: dict[str, Tensor] = {}
+        offset = 0
+        for name, shape, _ in self.layout:
+            self.views[name] = self.data[offset : offset + shape.numel()].view(shape)
+            offset += shape.numel()
+
+    @property
+    def num_bytes(self) -> int:
+        return self.data.nbytes
+
+    @torch.no_grad()
+    def pack(self, tensors: Mapping[str, Tensor | None]) -> None:
+        """Copies tensors in; an absent one (a parameter without gradient) counts as zeros."""
+        for name, view in self.views.items():
+            tensor = tensors[name]
+            if tensor is None:
+                view.zero_()
+            else:
+                view.copy_(tensor)
+
+    @torch.no_grad()
+    def unpack(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies the buffer out into tensors of the same names."""
+        for name, view in self.views.items():
+            tensors[name].copy_(view)
+
+    def check_equal_on_all_ranks(self, topology: Topology, what: str) -> None:
+        """Raises TopologyError, naming rank and tensor, unless all ranks have this layout. Collective."""
+        digest = hashlib.sha256(json.dumps([[n, list(s), str(d)] for n, s, d in self.layout]).encode())
+        digests = topology.gather(digest.hexdigest())
+        if len(set(digests)) == 1:
+            return
+        layouts = topology.gather(self.layout)
+        for rank, layout in enumerate(layouts):
+            if layout != layouts[0]:
+                assert isinstance(layout, list) and isinstance(layouts[0], list)
+                name = next(
+                    (a[0] for a, b in zip(layout, layouts[0], strict=False) if a != b), "the number of tensors"
+                )
+                raise TopologyError(
+                    f"{what}: rank {rank} differs from rank 0 in {name}; "
+                    "start all ranks with the same code and configuration"
+                )
