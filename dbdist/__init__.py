@@ -1,0 +1,13 @@
+"""dbdist: block-parallel training of residual transformers as DiffusionBlocks (arXiv 2506.14202)."""
+
+__version__ = "0.1.0"
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "load":  # torch is imported when a model is, not with the package
+        from dbdist.inference import load
+
+        return load
+    raise AttributeError(f"module 'dbdist' has no attribute {name!r}")

@@ -41,7 +41,7 @@ def partition_figure(schedule: NoiseSchedule) -> Figure:
     density.plot(sigma, _density(schedule, sigma), color=INK, lw=1.4)
     at_top = density.get_xaxis_transform()
     for boundary in boundaries:
-        density.text(boundary, 1.02, f"{boundary:.3g}", rotation=50, fontsize=8, transform=at_top)
+        density.text(boundary, 1.02, f"{boundary:.3g}", rotation=60, fontsize=8, transform=at_top)
         for axes in (density, lanes):
             axes.axvline(boundary, color=INK, lw=0.7, ls=(0, (4, 3)), alpha=0.6)
     for axes in (density, lanes):

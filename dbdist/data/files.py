@@ -1,29 +1,22 @@
 """The files of a dataset: fetched once per node, then found or refused by name.
 
 Takes `DataConfig`, gives folders on disk that `datasets.py` reads. Nothing appears under its final
-name before it is complete: downloads and extractions go to a hidden sibling folder first. CIFAR's
-files are pickles, which can run code, so files that are not the published ones are walked with an
-unpickler that knows only arrays and plain containers before torchvision may open them.
+name before it is complete: downloads and extractions go to a hidden sibling folder first.
 """
 
 import contextlib
 import fcntl
-import hashlib
 import http.client
 import io
 import os
-import pickle
 import shutil
 import socket
 import threading
 import urllib.request
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from dbdist.config import DataConfig
 from dbdist.errors import DataError
@@ -144,7 +137,7 @@ def _undownloaded(archive: Archive, root: Path, reason: object) -> DataError:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Holds off other processes of this node; some network file systems cannot, and are let pass."""
+    """Holds off this node's other processes; network file systems that cannot are let pass."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -179,76 +172,11 @@ def _fetch(archive: Archive, root: Path) -> None:
         extract_archive(given, partial)
         if not (partial / archive.folder).is_dir():
             raise DataError(f"{given} holds no folder {archive.folder}")
-        with contextlib.suppress(OSError if (root / archive.folder).is_dir() else ()):
+        try:
             os.replace(partial / archive.folder, root / archive.folder)
+        except OSError:
+            if not (root / archive.folder).is_dir():  # else another node was faster
+                raise
     finally:
         socket.setdefaulttimeout(old_timeout)
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_cifar(config: DataConfig, split_list: list[list[str]], num_classes: int) -> None:
-    """Refuses damaged or dangerous files among those of a split (torchvision's list) and the labels'.
-
-    Files with the published md5 pass; others are walked, checked and warned about.
-    """
-    published, folder = cifar_class(config.name), require(config)
-    label_key = "labels" if config.name == "cifar10" else "fine_labels"
-    meta = published.meta
-    others = []
-    for filename, md5 in [*split_list, [meta["filename"], meta["md5"]]]:
-        path = folder / filename
-        content = path.read_bytes()
-        if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
-            continue
-        others.append(filename)
-        entry = _walk(path, content)
-        if filename == meta["filename"]:
-            names = entry.get(meta["key"])
-            if not isinstance(names, list) or len(names) != num_classes:
-                raise DataError(f"{path} is damaged: {meta['key']} must list {num_classes} names")
-        else:
-            _check_batch(path, entry, label_key, num_classes)
-    if others:
-        warnings.warn(
-            f"{', '.join(others)} in {folder} differ from the published {config.name} (md5); used anyway",
-            stacklevel=2,
-        )
-
-
-def _check_batch(path: Path, entry: dict[str, Any], label_key: str, num_classes: int) -> None:
-    data, labels = entry.get("data"), entry.get(label_key)
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,):
-        raise DataError(f"{path} is damaged: data must be a uint8 array of shape (n, 3072)")
-    if not isinstance(labels, list) or len(labels) != len(data):
-        raise DataError(f"{path} is damaged: {label_key} must list {len(data)} labels")
-    if not all(type(label) is int and 0 <= label < num_classes for label in labels):
-        raise DataError(f"{path} is damaged: {label_key} must be integers 0..{num_classes - 1}")
-
-
-_ARRAY_PARTS = {("_codecs", "encode"), ("numpy", "dtype"), ("numpy", "ndarray")} | {
-    (f"numpy.{core}.{module}", name)
-    for core in ("core", "_core")
-    for module, name in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        if (module_name, global_name) not in _ARRAY_PARTS:
-            raise DataError(f"it would run code, {module_name}.{global_name}")
-        return super().find_class(module_name, global_name)
-
-
-def _walk(path: Path, content: bytes) -> dict[str, Any]:
-    """The dictionary in a pickle that holds nothing but arrays, text, numbers, lists and dicts."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numpy on pickles of older numpys
-            entry = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
-    except DataError as error:
-        raise DataError(f"{path} is refused: {error}") from error
-    except Exception as error:  # a damaged pickle can raise anything
-        raise DataError(f"{path} is damaged: {error}") from error
-    if not isinstance(entry, dict):
-        raise DataError(f"{path} is damaged: it holds no dictionary")
-    return entry

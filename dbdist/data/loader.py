@@ -1,3 +1,4 @@
+# ruff: noqa: PT028 (test_batches is no test)
 """The order of samples: training batches of a block replica, test batches of a shard.
 
 Takes an `ImageDataset`, gives (images, labels). Position p of a block's training stream names its
@@ -5,7 +6,7 @@ sample and its augmentation, so batches do not depend on replicas, workers or wh
 """
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from itertools import count
 from typing import Any, cast
 
@@ -23,8 +24,8 @@ class BatchStream(Iterator[Batch]):
     """This replica's part of the batches of steps start_step .. num_steps - 1, in one pass.
 
     A block's stream is an endless row of permutations of the training set, the e-th drawn from
-    (seed, "shuffle", block, e). Step s takes positions s * batch_size .. (s + 1) * batch_size, across
-    the seam of two permutations if need be; replica r takes the r-th contiguous part of them.
+    (seed, "shuffle", block, e). Step s takes positions s * batch_size .. (s + 1) * batch_size - 1,
+    across the seam of two permutations if need be; replica r takes their r-th contiguous part.
     num_steps counts from step 0 wherever the stream starts; None: endless.
     """
 
@@ -106,7 +107,7 @@ def test_batches(
     drop_last: bool = False,
     num_workers: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """(images, labels, batch_index) of every num_shards-th batch from batch `shard`, in dataset order."""
+    """(images, labels, batch_index) of batches shard, shard + num_shards, … in order."""
     starts = range(0, num_test_samples(dataset, batch_size, drop_last), batch_size)
     mine = range(shard, len(starts), num_shards)
     keys = ([*range(len(dataset))[starts[i] : starts[i] + batch_size]] for i in mine)
@@ -115,12 +116,12 @@ def test_batches(
         yield images, labels, i
 
 
-test_batches.__test__ = False  # pytest takes any imported name of this form for a test  # type: ignore
+test_batches.__test__ = False  # type: ignore  # nor shall pytest take it for one
 
 
 def _load(
     dataset: ImageDataset, keys: Iterable[list[Any]], num_workers: int, pin_memory: bool = False
-) -> Any:
+) -> Generator[Batch, None, None]:
     """A generator of the batches of these keys, in order; ending or closing it ends its workers."""
     if num_workers == 0:
         for batch_keys in keys:
@@ -150,7 +151,7 @@ def _load(
         workers._shutdown_workers()
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
