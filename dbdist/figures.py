@@ -68,8 +68,9 @@ def histogram_figure(histogram: SigmaHistogram) -> Figure:
     line = bars.twinx()
     edges = histogram.edges.numpy()
     counts, centers = histogram.counts.numpy(), np.sqrt(edges[:-1] * edges[1:])
+    means = histogram.cross_entropy_sums / histogram.counts  # nan, a gap, where nothing was trained
     bars.bar(edges[:-1], counts, np.diff(edges), align="edge", color=BARS, ec="white", lw=0.6)
-    line.plot(centers, histogram.means.numpy(), color=LINE, lw=1.6, marker="o", ms=3)
+    line.plot(centers, means.numpy(), color=LINE, lw=1.6, marker="o", ms=3)
     for axes, label, color in ((bars, "samples", INK), (line, "mean cross-entropy", LINE)):
         _clean(axes)
         axes.set_ylabel(label, color=color)
@@ -88,10 +89,10 @@ def histogram_figure(histogram: SigmaHistogram) -> Figure:
 
 
 def pixels(figure: Figure) -> np.ndarray:
-    """The figure as (height, width, 3) uint8."""
+    """The figure as (3, height, width) uint8."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
+    return np.asarray(canvas.buffer_rgba())[..., :3].transpose(2, 0, 1)
 
 
 def _density(schedule: NoiseSchedule, sigma: np.ndarray) -> np.ndarray:

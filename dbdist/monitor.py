@@ -1,7 +1,7 @@
 """What a run shows and writes: progress on the console, metrics.jsonl and TensorBoard.
 
 Takes records (rank, step, scalars) that the trainer has gathered on rank 0; does not communicate.
-metrics.jsonl holds each step once, ascending, also after a resume, and TensorBoard the same scalars.
+metrics.jsonl holds each step once, ascending, also after a resume; TensorBoard the same scalars.
 Tags look like train/loss/block0, perf/sync_wait_ms/rank0, val/accuracy.
 """
 
@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -27,9 +28,11 @@ from torch import Tensor
 from dbdist.noise import NoiseSchedule
 
 Scalars = Mapping[str, float | int]
+Json = dict[str, Any]
 
 PLAIN_INTERVAL_S = 2.0  # a block's lines are at least this far apart where there is no terminal
 LIVE_INTERVAL_S = 0.1
+_TITLE: Any = {"title_justify": "left", "title_style": "bold"}
 _FORMS = {
     "train/loss": "loss {:.4f}",
     "train/cross_entropy": "cross-entropy {:.4f}",
@@ -42,14 +45,11 @@ class Ownership:
     """What one rank holds and trains."""
 
     rank: int
-    block: int | None
-    """None: a coordinator that owns the shared modules and no block."""
+    block: int | None  # None: a coordinator, which has the shared modules and no block
     replica: int
-    layers: str
-    """"0-1", "all" or "-"."""
+    layers: str  # "0-1", "all" or "-"
     sigma: tuple[float, float] | None
-    parameters: int
-    """Of its block, without the shared ones."""
+    parameters: int  # without the shared ones
     shared_parameters: int
     optimizer_bytes: int
     device: str
@@ -58,10 +58,8 @@ class Ownership:
 
 @dataclass(eq=False)
 class SigmaHistogram:
-    """How often a block trained each sigma and the cross-entropy there; bins are even in ln sigma.
-
-    A bin holds its lower edge; what lies outside [low, high] counts in the outermost bins.
-    """
+    """How often a block trained each sigma, and the cross-entropy there. Bins are even in ln sigma
+    and hold their lower edge; what lies outside [low, high] counts in the outermost ones."""
 
     block: int
     low: float
@@ -87,24 +85,19 @@ class SigmaHistogram:
         self.counts += torch.bincount(bin_N, minlength=self.num_bins)
         self.cross_entropy_sums += torch.bincount(bin_N, batch[1], self.num_bins)
 
-    @property
-    def means(self) -> Tensor:
-        """Mean cross-entropy of each bin; nan where nothing was trained."""
-        return self.cross_entropy_sums / self.counts
-
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         bins = {key: getattr(self, key).tolist() for key in ("counts", "cross_entropy_sums")}
         return {"block": self.block, "low": self.low, "high": self.high, **bins}
 
     @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> Self:
+    def from_dict(cls, state: Json) -> Self:
         histogram = cls(state["block"], state["low"], state["high"], len(state["counts"]))
         for key in ("counts", "cross_entropy_sums"):
             setattr(histogram, key, torch.tensor(state[key], dtype=torch.float64))
         return histogram
 
 
-class Monitor:
+class Monitor(AbstractContextManager["Monitor"]):
     """Rank 0's console and files of one run; `with Monitor(...)` closes them."""
 
     def __init__(
@@ -120,66 +113,57 @@ class Monitor:
         """reporters: the ranks that record. start_step: steps done before; later metrics go."""
         from torch.utils.tensorboard import SummaryWriter
 
-        assert reporters, "no rank reports"
         self._run_dir, self._schedule, self._start_step = run_dir, schedule, start_step
         self._console = console or Console(width=None if sys.stdout.isatty() else 120)
         self._display = _Display(self._console, schedule, num_blocks, range(start_step, max_steps))
         run_dir.mkdir(parents=True, exist_ok=True)
         self._metrics = _MetricsFile(run_dir / "metrics.jsonl", start_step)
-        if damaged := self._metrics.num_damaged:
-            self.warn(f"{run_dir / 'metrics.jsonl'}: removed {damaged} unreadable lines")
         folder = str(run_dir / "tensorboard")
         self._tensorboard = SummaryWriter(folder, purge_step=start_step + 1, flush_secs=10)
         self._last_step_of_rank = dict.fromkeys(reporters, start_step - 1)
-        self._pending: dict[int, tuple[dict[str, float | int], list[dict[str, Any]]]] = {}
+        self._pending: dict[int, dict[str, float | int]] = {}
 
     def ownership(self, rows: list[Ownership]) -> None:
         """Print who owns what; draw how the blocks share the noise levels."""
-        table = Table(title="Who owns what", title_justify="left", title_style="bold")
-        for header in ("rank", "block", "replica", "layers", "sigma", "parameters", "+ shared"):
+        table = Table(title="Who owns what (*: the shared modules)", **_TITLE)
+        for header in "rank block replica layers sigma parameters shared optimizer device".split():
             table.add_column(header, justify="right", no_wrap=True)
-        table.add_column("optimizer", justify="right", no_wrap=True)
-        table.add_column("device", no_wrap=True)
         for row in sorted(rows, key=lambda row: row.rank):
             block = ("-", "-") if row.block is None else (str(row.block), str(row.replica))
             shared = f"{row.shared_parameters:,} " + ("*" if row.owns_shared else " ")
             counts = f"{row.parameters:,}", shared, human_bytes(row.optimizer_bytes)
             table.add_row(str(row.rank), *block, row.layers, _range(row.sigma), *counts, row.device)
         self._console.print(table, highlight=False)
-        if any(row.owns_shared for row in rows):
-            self.message("* owner of the shared modules")
         if self._schedule is not None:
             from dbdist.figures import partition_figure, pixels
 
             image = pixels(partition_figure(self._schedule))
-            self._tensorboard.add_image(
-                "noise/partition", image, self._start_step, dataformats="HWC"
-            )
+            self._tensorboard.add_image("noise/partition", image, self._start_step)
 
-    def record(
-        self, rank: int, step: int, scalars: Scalars, histogram: dict[str, Any] | None = None
-    ) -> None:
-        """Take what `rank` measured at `step`; a rank never goes back.
-
-        A step is written once every reporter has come as far; what follows later amends its line.
-        histogram: SigmaHistogram.to_dict(), drawn under noise/sigma_cross_entropy/block{b}.
-        """
-        last = self._last_step_of_rank.get(rank)
-        assert last is not None, f"rank {rank} is none of {sorted(self._last_step_of_rank)}"
+    def record(self, rank: int, step: int, scalars: Scalars, histogram: Json | None = None) -> None:
+        """Take what `rank` measured at `step`; a rank never goes back. A step is written once all
+        reporters have come as far; what they add later amends its line. histogram: to_dict()'s."""
+        last = self._last_step_of_rank[rank]
         assert step >= last, f"rank {rank} recorded step {step} after step {last}"
         self._last_step_of_rank[rank] = step
-        merged, histograms = self._pending.setdefault(step, ({}, []))
-        merged.update(scalars)
-        histograms.extend([histogram] if histogram else [])
+        self._pending.setdefault(step, {}).update(scalars)
         self._write_through(min(self._last_step_of_rank.values()))
         self._display.update(step, scalars)
+        if "val/accuracy" in scalars:
+            self.message(f"[step {step}] val/accuracy {scalars['val/accuracy']:.4f}")
+        if histogram is not None:
+            from dbdist.figures import histogram_figure, pixels
+
+            image = pixels(histogram_figure(SigmaHistogram.from_dict(histogram)))
+            tag = f"noise/sigma_cross_entropy/block{histogram['block']}"
+            self._tensorboard.add_image(tag, image, step)
 
     def message(self, text: str) -> None:
         _print(self._console, text)
 
     def warn(self, text: str) -> None:
         """A line on stderr; through the live display where that shares stderr's terminal."""
-        is_shared = self._display.is_live and sys.stderr.isatty()
+        is_shared = self._display.live is not None and sys.stderr.isatty()
         console = self._console if is_shared else Console(stderr=True)
         _print(console, f"warning: {text}", style="yellow")
 
@@ -192,7 +176,7 @@ class Monitor:
     ) -> None:
         """Print how the run ended and where its files are. Ends the live display."""
         self._display.stop()
-        table = Table(title="Summary", title_justify="left", title_style="bold", show_header=False)
+        table = Table(title="Summary", show_header=False, **_TITLE)
         after = (f"{block}: {value:.4f}" for block, value in enumerate(accuracy_after_block))
         peaks = (f"{rank}: {human_bytes(mb * 2**20)}" for rank, mb in sorted(peak_mb.items()))
         table.add_row("accuracy", "-" if accuracy is None else f"{accuracy:.4f}")
@@ -201,8 +185,8 @@ class Monitor:
         table.add_row("peak memory of rank", "  ".join(peaks) or "-")
         self._console.print(table, highlight=False)
         manifests = sorted(self._run_dir.glob("checkpoints/step-*/manifest.json"))
-        checkpoints = [str(m.parent.relative_to(self._run_dir)) for m in manifests[-1:]]
-        for name in ("", "metrics.jsonl", "tensorboard", *checkpoints, "evaluation.json"):
+        newest = [f"checkpoints/{manifest.parent.name}" for manifest in manifests[-1:]]
+        for name in ("", "metrics.jsonl", "tensorboard", *newest, "evaluation.json"):
             if (path := self._run_dir / name).exists():
                 self.message(f"  {path}")
 
@@ -211,29 +195,17 @@ class Monitor:
         self._write_through(max(self._pending, default=0))
         self._display.stop()
         self._tensorboard.close()
-        self._metrics.close()
-
-    def __enter__(self) -> Self:
-        return self
+        self._metrics.file.close()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _write_through(self, last_step: int) -> None:
         for step in sorted(step for step in self._pending if step <= last_step):
-            scalars, histograms = self._pending.pop(step)
+            scalars = self._pending.pop(step)
             self._metrics.write(step, scalars)
             for tag, value in scalars.items():
                 self._tensorboard.add_scalar(tag, value, step)
-            for state in histograms:
-                self._draw_histogram(SigmaHistogram.from_dict(state), step)
-
-    def _draw_histogram(self, histogram: SigmaHistogram, step: int) -> None:
-        from dbdist.figures import histogram_figure, pixels
-
-        tag = f"noise/sigma_cross_entropy/block{histogram.block}"
-        image = pixels(histogram_figure(histogram))
-        self._tensorboard.add_image(tag, image, step, dataformats="HWC")
 
 
 class _MetricsFile:
@@ -241,41 +213,32 @@ class _MetricsFile:
 
     def __init__(self, path: Path, start_step: int) -> None:
         found = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        parsed = [(line, _parse(line)) for line in found if line.endswith(b"\n")]  # else torn
-        self.num_damaged = sum(values is None for _, values in parsed)
-        kept = [(line, v) for line, v in parsed if v and v["step"] <= start_step]
+        kept: list[tuple[bytes, Json]] = []
+        for line in found:
+            with suppress(ValueError):  # not JSON: torn
+                if (values := json.loads(line))["step"] <= start_step and line.endswith(b"\n"):
+                    kept.append((line, values))
         if len(kept) < len(found):
             temporary = path.with_suffix(".jsonl.tmp")
             temporary.write_bytes(b"".join(line for line, _ in kept))
             os.replace(temporary, path)
         last_line, self._last = kept[-1] if kept else (b"", {"step": -1, "time_s": 0.0})
-        self._file = path.open("ab")
-        self._offset = self._file.tell() - len(last_line)  # where the last line starts
+        self.file = path.open("ab")
+        self._offset = self.file.tell() - len(last_line)  # where the last line starts
         self._origin_s = time.monotonic() - self._last["time_s"]
 
     def write(self, step: int, scalars: Scalars) -> None:
         if step == self._last["step"]:
-            self._file.truncate(self._offset)
+            self.file.truncate(self._offset)
         else:
-            self._offset = self._file.seek(0, os.SEEK_END)
+            self._offset = self.file.seek(0, os.SEEK_END)
             self._last = {"step": step, "time_s": round(time.monotonic() - self._origin_s, 3)}
         # JSON has no nan and no inf: they become strings.
         self._last |= {k: v if math.isfinite(v) else str(float(v)) for k, v in scalars.items()}
         head = {"step": step, "time_s": self._last["time_s"]}
         line = json.dumps(head | dict(sorted(self._last.items())), allow_nan=False)
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        values = json.loads(line)
-    except ValueError:
-        return None
-    return values if isinstance(values, dict) and {"step", "time_s"} <= values.keys() else None
+        self.file.write(line.encode() + b"\n")
+        self.file.flush()
 
 
 @dataclass
@@ -283,10 +246,8 @@ class _Block:
     """Where one block stands and when that was last shown."""
 
     step: int
-    since: tuple[int, float]
-    """A step and its time, from which speed is measured: the first record, so without start-up."""
-    values: dict[str, float | int] = field(default_factory=dict)
-    """The latest by tag, without /block{b}."""
+    since: tuple[int, float]  # speed counts from this step and time: the first record's, once known
+    values: dict[str, float | int] = field(default_factory=dict)  # latest by tag, less /block{b}
     eta: str = "-"
     shown_step: int = -1
     shown_at: float = -math.inf
@@ -308,56 +269,48 @@ class _Display:
         self._blocks = {b: _Block(steps.start, self._start) for b in range(num_blocks)}
         blocks = range(schedule.num_blocks) if schedule else ()
         self._sigma = {b: schedule.block_range(b) for b in blocks} if schedule else {}
-        self._live: Any = None
+        self.live: Any = None
         self._shown_at = -math.inf
         self._is_terminal = console.is_terminal and not console.is_dumb_terminal
 
-    @property
-    def is_live(self) -> bool:
-        return self._live is not None
-
     def update(self, step: int, scalars: Scalars) -> None:
         now = time.monotonic()
-        matches = [match for tag in scalars if (match := re.fullmatch(r"(.+)/block(\d+)", tag))]
-        for match in matches:
-            block = self._blocks.setdefault(int(match[2]), _Block(step, self._start))
-            block.step, block.values[match[1]] = step, scalars[match[0]]
-        for number in sorted({int(match[2]) for match in matches}):
-            block = self._blocks[number]
-            if (steps := step - block.since[0]) > 0:
-                s_per_step = (now - block.since[1]) / steps
-                block.eta = _clock(s_per_step * max(self._max_steps - step, 0))
-            if block.since == self._start:
-                block.since = step, now
-            if not self._is_terminal:
-                self._show_line(number, block, now)
-        if "val/accuracy" in scalars:
-            accuracy = f"val/accuracy {scalars['val/accuracy']:.4f}"
-            _print(self._console, f"[step {step}/{self._max_steps}] {accuracy}")
-        if self._is_terminal and now - self._shown_at >= LIVE_INTERVAL_S:
+        for tag, value in scalars.items():
+            if match := re.fullmatch(r"(.+)/block(\d+)", tag):
+                block = self._blocks.setdefault(int(match[2]), _Block(step, self._start))
+                block.step, block.values[match[1]] = step, value
+                if (steps := step - block.since[0]) > 0:
+                    s_per_step = (now - block.since[1]) / steps
+                    block.eta = _clock(s_per_step * max(self._max_steps - step, 0))
+                if block.since == self._start:
+                    block.since = step, now
+        if not self._is_terminal:
+            self._show_lines(now)
+        elif now - self._shown_at >= LIVE_INTERVAL_S:
             self._shown_at = now
             self._show_bars()
 
     def stop(self) -> None:
-        if self._live is not None:
+        if self.live is not None:
             self._show_bars()
-            self._live.stop()
-            self._live = None
+            self.live.stop()
+            self.live = None
 
-    def _show_line(self, number: int, block: _Block, now: float) -> None:
-        is_due = now - block.shown_at >= PLAIN_INTERVAL_S or block.step >= self._max_steps
-        if is_due and block.step > block.shown_step:
-            block.shown_step, block.shown_at = block.step, now
-            texts = " | ".join(filter(None, block.texts()))
-            _print(self._console, f"[b{number} step {block.step}/{self._max_steps}] {texts}")
+    def _show_lines(self, now: float) -> None:
+        for number, block in sorted(self._blocks.items()):
+            is_due = now - block.shown_at >= PLAIN_INTERVAL_S or block.step >= self._max_steps
+            if block.values and block.step > block.shown_step and is_due:
+                block.shown_step, block.shown_at = block.step, now
+                texts = " | ".join(filter(None, block.texts()))
+                _print(self._console, f"[b{number} step {block.step}/{self._max_steps}] {texts}")
 
     def _show_bars(self) -> None:
-        if self._live is None:
+        if self.live is None:
             from rich.live import Live
 
             # No refresh thread: data loaders fork this process, and a held lock would stay held.
-            self._live = Live(console=self._console, auto_refresh=False)
-            self._live.start()
+            self.live = Live(console=self._console, auto_refresh=False)
+            self.live.start()
         table = Table.grid(padding=(0, 2), expand=True)
         for column in range(7):
             table.add_column(no_wrap=True, ratio=1 if column == 2 else None)
@@ -366,7 +319,7 @@ class _Display:
             loss, _, speed, eta = block.texts()
             steps = f"{block.step}/{self._max_steps}"
             table.add_row(f"block {number}", f"sigma {sigma}", bar, steps, loss, speed, eta)
-        self._live.update(table, refresh=True)
+        self.live.update(table, refresh=True)
 
 
 def human_bytes(num_bytes: float | int) -> str:
@@ -380,8 +333,8 @@ def peak_memory_mb(device: torch.device) -> float:
     """Most memory so far in MiB: of tensors on a CUDA device, of the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    units_per_mb = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mb
 
 
 def _print(console: Console, text: str, style: str | None = None) -> None:
@@ -394,6 +347,5 @@ def _range(sigma: tuple[float, float] | None) -> str:
 
 def _clock(seconds: float | int) -> str:
     """31.4 -> "0:31"; 3723 -> "1:02:03"."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

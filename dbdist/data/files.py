@@ -21,7 +21,7 @@ from typing import Any
 from dbdist.config import DataConfig
 from dbdist.errors import DataError
 
-PROBE_S = 5.0
+PROBE_S = 3.0
 """How long to wait for a server's first answer: a machine without network should say so at once."""
 STALL_S = 30.0
 """How long a running download may stand still."""

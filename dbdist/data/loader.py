@@ -5,6 +5,7 @@ Takes an `ImageDataset`, gives (images, labels). Position p of a block's trainin
 sample and its augmentation, so batches do not depend on replicas, workers or where a run resumed.
 """
 
+import contextlib
 import signal
 from collections.abc import Generator, Iterable, Iterator
 from itertools import count
@@ -148,7 +149,8 @@ def _load(
         message = str(error).rstrip().rpartition(f"{DataError.__name__}: ")[2]
         raise DataError(message) from None
     finally:
-        workers._shutdown_workers()
+        with contextlib.suppress(RuntimeError):  # a worker that dies while it is told to end
+            workers._shutdown_workers()
 
 
 def _as_it_is(batch: Any) -> Any:

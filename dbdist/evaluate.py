@@ -1,0 +1,120 @@
+"""`torchrun … -m dbdist.evaluate --run_dir RUN`: the test set through the chain of blocks.
+
+As many processes as blocks (or a multiple: replicas share the images), or one plain process that holds one
+block at a time.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from dbdist.cli import guarded, parse_config
+from dbdist.config import Config
+
+
+def main(argv: list[str] | None = None) -> None:
+    guarded("dbdist evaluate", lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> None:
+    config = config_of_run("dbdist evaluate", __doc__ or "", argv)
+    from dbdist.parallel.topology import Launch, build_topology
+
+    launch = Launch.from_environment()
+    layout = layout_for_evaluation(config, launch.world_size)
+    topology = build_topology(layout, launch, config.device, config.parallel.timeout_s)
+    try:
+        evaluate_run(config, topology)
+    finally:
+        topology.close()
+
+
+def config_of_run(prog: str, description: str, argv: list[str]) -> Config:
+    """RUN/config.yaml with the command line's changes. Raises ConfigError where there is no run."""
+    from dbdist.errors import ConfigError
+    from dbdist.run_dir import read_config
+
+    run_dir = parse_config(prog, description, argv).run_dir
+    if read_config(Path(run_dir)) is None:
+        raise ConfigError(f"{run_dir} holds no run (config.yaml is missing); give --run_dir of a trained one")
+    own = ["--config", str(Path(run_dir) / "config.yaml")]
+    config = parse_config(prog, description, argv, first=own)
+    return dataclasses.replace(config, run_dir=run_dir).validate()
+
+
+def layout_for_evaluation(config: Config, world_size: int) -> "Layout":  # noqa: F821
+    """One process holds everything; otherwise as many chains as fit. Raises TopologyError."""
+    from dbdist.errors import TopologyError
+    from dbdist.parallel.topology import Layout
+
+    if config.mode == "end_to_end" or world_size == 1:
+        return Layout(1, world_size)
+    coordinator = config.parallel.coordinator
+    offset = Layout(1, 1, coordinator).offset
+    for coordinator, workers in (("colocated", world_size), (coordinator, world_size - offset)):
+        if workers > 0 and workers % config.num_blocks == 0:
+            return Layout(config.num_blocks, workers // config.num_blocks, coordinator)  # type: ignore[arg-type]
+    raise TopologyError(
+        f"{world_size} processes cannot form chains of {config.num_blocks} blocks; "
+        f"start 1, {config.num_blocks} or a multiple of {config.num_blocks}"
+    )
+
+
+def evaluate_run(config: Config, topology: "Topology") -> "Evaluation":  # noqa: F821
+    """Evaluates a run's checkpoint, writes RUN/evaluation.json and prints it. Collective."""
+    from dbdist import build
+    from dbdist.checkpoint import find_checkpoint
+    from dbdist.data import load_dataset, prepare
+    from dbdist.errors import CheckpointError
+    from dbdist.evaluation import Model, evaluate
+    from dbdist.restore import load_block
+    from dbdist.train import write_evaluation
+    from dbdist.trainer import describe_model
+
+    run_dir = Path(config.run_dir)
+    with topology.agree("preparing the data"):
+        if topology.local_rank == 0:
+            prepare(config.data)
+    with topology.agree("loading the data"):
+        test_set = load_dataset(config.data, "test")
+    own: dict[int, Model] = {}
+    with topology.agree("reading the checkpoint"):
+        checkpoint = find_checkpoint(run_dir, config.eval.step)
+        if checkpoint is None:
+            raise CheckpointError(f"{run_dir} has no complete checkpoint; train it first")
+        checkpoint.check_fits(describe_model(config, test_set))
+        sizes = build.architecture(config, test_set.spec)
+
+        def load(block: int) -> Model:
+            return load_block(config, sizes, checkpoint, block, topology.device)
+
+        if topology.world_size > 1 and topology.block is not None:
+            own[topology.block] = load(topology.block)
+        elif topology.world_size == 1:  # blocks are loaded in turn: look at all files before starting
+            for block in range(config.num_blocks):
+                load(block)
+    assert checkpoint is not None
+    evaluation = evaluate(config, topology, test_set, own.__getitem__ if own else load, checkpoint.step)
+    if topology.is_coordinator:
+        write_evaluation(run_dir, evaluation)
+        report(run_dir, evaluation)
+    return evaluation
+
+
+def report(run_dir: Path, evaluation: "Evaluation") -> None:  # noqa: F821
+    """The result on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Evaluation at step {evaluation.step}", title_justify="left", show_header=False)
+    after = "  ".join(f"{b}: {a:.4f}" for b, a in enumerate(evaluation.accuracy_after_block))
+    table.add_row("accuracy", f"{evaluation.accuracy:.4f}")
+    table.add_row("accuracy after block", after)
+    table.add_row("samples", f"{evaluation.num_samples} ({evaluation.samples_per_s:.0f}/s)")
+    table.add_row("processes", str(evaluation.world_size))
+    table.add_row("file", str(run_dir / "evaluation.json"))
+    Console(width=None if sys.stdout.isatty() else 120).print(table, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

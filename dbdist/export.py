@@ -1,0 +1,58 @@
+"""`dbdist export RUN OUT`: a run's model as one model.safetensors + config.json, for `dbdist.load(OUT)`."""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from dbdist.cli import guarded
+
+
+def main(argv: list[str] | None = None) -> None:
+    guarded("dbdist export", lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="dbdist export", description=__doc__)
+    parser.add_argument("run_dir", metavar="RUN", help="folder of a trained run")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument("options", nargs="*", metavar="--sampler.…", help="changes, as for dbdist evaluate")
+    given, options = parser.parse_known_args(argv)
+    from dbdist.evaluate import config_of_run
+
+    config = config_of_run("dbdist export", "", ["--run_dir", given.run_dir, *given.options, *options])
+    export(config, Path(given.out))
+    print(f"{given.out}: dbdist.load({given.out!r}).predict(images)")
+
+
+def export(config: "Config", out: Path) -> None:  # noqa: F821
+    """Writes the run's checkpoint (`eval.step`, or the newest) as an exported model."""
+    from dbdist import build
+    from dbdist.checkpoint import find_checkpoint
+    from dbdist.data import dataset_spec
+    from dbdist.errors import CheckpointError
+    from dbdist.inference import describe, save_model
+    from dbdist.restore import export_weights
+
+    run_dir = Path(config.run_dir)
+    checkpoint = find_checkpoint(run_dir, config.eval.step)
+    if checkpoint is None:
+        raise CheckpointError(f"{run_dir} has no complete checkpoint; train it first")
+    weights, is_private = export_weights(config, checkpoint)
+    spec = dataset_spec(config.data)
+    sampler = {
+        **asdict(config.sampler),
+        "num_steps": config.sampler_steps,
+        "readout": list(config.readout_blocks),
+    }
+    schedule = None if config.mode == "end_to_end" else config.noise_schedule()
+    layers = [len(layers) for layers in config.layers_of_block]
+    sizes = build.architecture(config, spec)
+    try:
+        save_model(out, weights, describe(sizes, spec, layers, schedule, sampler, is_private))
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written ({error.strerror})") from None
+
+
+if __name__ == "__main__":
+    main()

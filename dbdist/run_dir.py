@@ -1,0 +1,64 @@
+"""The folder of a run: which configuration it holds, and whether another may continue it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from dbdist.cli import parse_config, write_yaml
+from dbdist.config import Config
+from dbdist.errors import ConfigError
+
+MAY_CHANGE = (
+    "run_dir",
+    "device",
+    "data.root",
+    "data.num_workers",
+    "sampler",
+    "train.max_steps",
+    "train.epochs",
+    "train.log_every",
+    "train.activation_checkpointing",
+    "parallel.replicas",
+    "parallel.coordinator",
+    "parallel.timeout_s",
+    "checkpoint",
+    "eval",
+)
+"""Keys and sections that do not change what the steps already taken have computed."""
+
+
+def read_config(run_dir: Path) -> Config | None:
+    """The configuration in RUN/config.yaml; None without one. Raises ConfigError for a damaged one."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        return parse_config("dbdist", "", [], first=["--config", str(path)])
+    except ConfigError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+
+
+def claim(config: Config) -> None:
+    """Makes the run directory this configuration's. Raises ConfigError, naming the first key that differs, if
+    it holds a run of another one; then nothing is changed."""
+    run_dir = Path(config.run_dir)
+    held = read_config(run_dir)
+    if held is not None:
+        for key, old, new in _differences(dataclasses.asdict(held), dataclasses.asdict(config)):
+            raise ConfigError(
+                f"{run_dir} holds a run with {key} {old}, not {new}; give another run_dir or the old value"
+            )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_yaml(config, run_dir / "config.yaml")
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror})") from None
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    if key in MAY_CHANGE:
+        return []
+    if isinstance(old, dict):
+        prefix = f"{key}." if key else ""
+        return [d for k in old for d in _differences(old[k], new[k], f"{prefix}{k}")]
+    return [(key, old, new)] if old != new else []

@@ -1,0 +1,106 @@
+"""`torchrun … -m dbdist.train --config FILE`: trains, or continues where the run directory left off."""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from dbdist.cli import guarded, parse_config
+from dbdist.config import Config
+
+
+def main(argv: list[str] | None = None) -> None:
+    guarded("dbdist train", lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> None:
+    config = parse_config("dbdist train", __doc__ or "", argv).validate()
+    # Heavy imports come after the command line has been understood.
+    from dbdist.parallel.topology import Launch, build_topology
+    from dbdist.trainer import layout_of
+
+    launch = Launch.from_environment()
+    layout = layout_of(config, launch.world_size)
+    topology = build_topology(layout, launch, config.device, config.parallel.timeout_s)
+    try:
+        train(config, topology)
+    finally:
+        topology.close()
+
+
+def train(config: Config, topology: "Topology") -> "Evaluation":  # noqa: F821
+    """Sets a run up on this rank and trains it. Collective."""
+    from dbdist.checkpoint import find_checkpoint
+    from dbdist.data import load_dataset, prepare
+    from dbdist.errors import CheckpointError
+    from dbdist.monitor import Monitor, peak_memory_mb
+    from dbdist.run_dir import claim
+    from dbdist.trainer import Trainer
+
+    start = time.perf_counter()
+    run_dir = Path(config.run_dir)
+    with topology.agree("preparing the data"):
+        if topology.local_rank == 0:
+            prepare(config.data)
+    with topology.agree("loading the data"):
+        train_set, test_set = load_dataset(config.data, "train"), load_dataset(config.data, "test")
+    with topology.agree("opening the run directory"):
+        checkpoint = find_checkpoint(run_dir)
+        if config.checkpoint.resume is True and checkpoint is None:
+            raise CheckpointError(
+                f"checkpoint.resume is true, but {run_dir} has no complete checkpoint; leave it out to start"
+            )
+        if config.checkpoint.resume is False and checkpoint is not None:
+            raise CheckpointError(
+                f"checkpoint.resume is false, but {run_dir} holds a checkpoint of step {checkpoint.step}; "
+                "give another run_dir"
+            )
+    with topology.agree("opening the run directory"):
+        if len(set(steps := topology.gather(checkpoint and checkpoint.step))) > 1:
+            raise CheckpointError(f"{run_dir} is not the same folder on all ranks: they see checkpoints {steps}")
+        if topology.is_coordinator:
+            claim(config)
+    with topology.agree("building the model"):
+        trainer = Trainer(config, topology, train_set, test_set, checkpoint)
+    rows = topology.gather(trainer.ownership())
+    monitor = None
+    if topology.is_coordinator:
+        monitor = Monitor(
+            run_dir,
+            trainer.schedule,
+            config.num_blocks,
+            set(range(topology.world_size)),
+            trainer.start_step,
+            trainer.max_steps,
+        )
+        monitor.ownership(rows)  # type: ignore[arg-type]
+        if checkpoint is not None:
+            monitor.message(f"continuing from step {checkpoint.step} ({checkpoint.path})")
+    try:
+        evaluation = trainer.fit(monitor)
+        peaks = topology.gather(peak_memory_mb(topology.device))
+        if monitor is not None:
+            write_evaluation(run_dir, evaluation)
+            monitor.summary(
+                evaluation.accuracy,
+                evaluation.accuracy_after_block,
+                time.perf_counter() - start,
+                dict(enumerate(peaks)),  # type: ignore[arg-type]
+            )
+    finally:
+        if monitor is not None:
+            monitor.close()
+    return evaluation
+
+
+def write_evaluation(run_dir: Path, evaluation: "Evaluation") -> None:  # noqa: F821
+    """RUN/evaluation.json, whole or not at all."""
+    partial = run_dir / "evaluation.json.partial"
+    partial.write_text(json.dumps(dataclasses.asdict(evaluation), indent=2) + "\n")
+    os.replace(partial, run_dir / "evaluation.json")
+
+
+if __name__ == "__main__":
+    main()
