@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -90,7 +90,7 @@ class SigmaHistogram:
         return {"block": self.block, "low": self.low, "high": self.high, **bins}
 
     @classmethod
-    def from_dict(cls, state: Json) -> Self:
+    def from_dict(cls, state: Json) -> "SigmaHistogram":
         histogram = cls(state["block"], state["low"], state["high"], len(state["counts"]))
         for key in ("counts", "cross_entropy_sums"):
             setattr(histogram, key, torch.tensor(state[key], dtype=torch.float64))
@@ -125,9 +125,9 @@ class Monitor(AbstractContextManager["Monitor"]):
 
     def ownership(self, rows: list[Ownership]) -> None:
         """Print who owns what; draw how the blocks share the noise levels."""
-        table = Table(title="Who owns what (*: the shared modules)", **_TITLE)
+        table = Table(title="Who owns what (*: owner of the shared modules)", **_TITLE)
         for header in "rank block replica layers sigma parameters shared optimizer device".split():
-            table.add_column(header, justify="right", no_wrap=True)
+            table.add_column(header, justify="right", overflow="fold")
         for row in sorted(rows, key=lambda row: row.rank):
             block = ("-", "-") if row.block is None else (str(row.block), str(row.replica))
             shared = f"{row.shared_parameters:,} " + ("*" if row.owns_shared else " ")
@@ -202,8 +202,7 @@ class Monitor(AbstractContextManager["Monitor"]):
 
     def _write_through(self, last_step: int) -> None:
         for step in sorted(step for step in self._pending if step <= last_step):
-            scalars = self._pending.pop(step)
-            self._metrics.write(step, scalars)
+            self._metrics.write(step, scalars := self._pending.pop(step))
             for tag, value in scalars.items():
                 self._tensorboard.add_scalar(tag, value, step)
 
@@ -235,9 +234,8 @@ class _MetricsFile:
             self._last = {"step": step, "time_s": round(time.monotonic() - self._origin_s, 3)}
         # JSON has no nan and no inf: they become strings.
         self._last |= {k: v if math.isfinite(v) else str(float(v)) for k, v in scalars.items()}
-        head = {"step": step, "time_s": self._last["time_s"]}
-        line = json.dumps(head | dict(sorted(self._last.items())), allow_nan=False)
-        self.file.write(line.encode() + b"\n")
+        in_order = dict.fromkeys(("step", "time_s")) | dict(sorted(self._last.items()))
+        self.file.write(json.dumps(in_order, allow_nan=False).encode() + b"\n")
         self.file.flush()
 
 

@@ -71,7 +71,7 @@ class NoiseSchedule:
             )
 
     @property
-    def boundaries(self) -> Float[Tensor, " num_blocks+1"]:
+    def boundaries(self) -> Float[Tensor, " edges"]:
         """Ascending edges; block b lies between entries B-1-b and B-b. Paper, section 3.2."""
         return self.sigma_at(torch.arange(self.num_blocks + 1, dtype=torch.float64) / self.num_blocks)
 
@@ -93,7 +93,7 @@ class NoiseSchedule:
         uniform = torch.rand(n, generator=generator, dtype=torch.float64)
         return self._between(low, high, uniform).clamp(low, high)
 
-    def grid(self, num_steps: int, sigma_start: float | None = None) -> Float[Tensor, " num_steps"]:
+    def grid(self, num_steps: int, sigma_start: float | None = None) -> Float[Tensor, " steps"]:
         """The sampler's levels, descending at equal level steps from `sigma_start` (sigma_max when not
         given) to sigma_min. A single step evaluates at the start. EDM, Algorithm 1; DESIGN section 2."""
         return self.sigma_at(self._grid_levels(num_steps, sigma_start))

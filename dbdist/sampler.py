@@ -8,7 +8,7 @@ Algorithm 1 with first-order steps; DiffusionBlocks (2506.14202), section 3.4.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(condition, z, sigma_N) -> the head's output: a `Denoiser`, or its guided version."""
 
 
+@runtime_checkable
 class Readout(Protocol):
     """What the sampler asks of a task."""
 

@@ -222,11 +222,16 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"], launch: Launch) -> tup
 
 
 def build_topology(
-    layout: Layout, launch: Launch, wanted: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: float = 600.0
+    layout: Layout,
+    launch: Launch,
+    wanted: Literal["auto", "cpu", "cuda"] = "auto",
+    timeout_s: float = 600.0,
+    store: dist.Store | None = None,
 ) -> Topology:
     """Joins the process group and makes every subgroup. Collective.
 
-    Raises TopologyError when the number of processes does not fit the layout, before anything is joined.
+    store: where the ranks meet; the launcher's when None. Raises TopologyError when the number of processes does
+    not fit the layout, before anything is joined.
     """
     layout.check(launch.world_size)
     device, uses_nccl = choose_device(wanted, launch)
@@ -234,7 +239,7 @@ def build_topology(
         torch.cuda.set_device(device)
     if launch.world_size == 1:
         return Topology(layout, device=device)
-    store = launch.store(timeout_s)
+    store = store or launch.store(timeout_s)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if uses_nccl else "gloo",
         store=dist.PrefixStore("group", store),

@@ -1,0 +1,114 @@
+"""Real ranks for tests: processes that are started once and run one function after the other.
+
+Each run meets through a file of its own (no ports). A failure carries every rank's traceback; a rank that hangs or
+dies costs its own test alone: the pool ends its processes and starts new ones.
+"""
+
+import multiprocessing as mp
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dbdist.config import Config
+from dbdist.parallel.topology import Launch, Layout, Topology, build_topology
+
+
+class Rank:
+    """What a test function gets: its place, and a way to join the others."""
+
+    def __init__(self, rank: int, world_size: int, path: str) -> None:
+        self.launch = Launch(rank, world_size, rank, world_size)
+        self.store = dist.FileStore(path, world_size)
+
+    def join(self, layout: Layout, timeout_s: float = 30.0) -> Topology:
+        return build_topology(layout, self.launch, "cpu", timeout_s, dist.PrefixStore("run", self.store))
+
+
+class RankPool:
+    """Processes that stay; `run(world_size, function, *args)` calls function(rank, *args) on each."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(
+        self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0
+    ) -> list[Any]:
+        """Each rank's result, in rank order. Raises AssertionError with all tracebacks."""
+        context = mp.get_context("spawn")
+        while len(self._workers) < world_size:
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there,), daemon=True)
+            process.start()
+            self._workers.append((process, here))
+        with tempfile.TemporaryDirectory() as folder:
+            for rank in range(world_size):
+                self._workers[rank][1].send((function, args, rank, world_size, f"{folder}/store"))
+            answers = self._answers(world_size, timeout_s)
+        failures = [f"--- rank {r}\n{text}" for r, (ok, text) in enumerate(answers) if not ok]
+        if failures:
+            self.close()
+            raise AssertionError("\n".join(failures))
+        return [value for _, value in answers]
+
+    def close(self) -> None:
+        for process, pipe in self._workers:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._workers.clear()
+
+    def _answers(self, world_size: int, timeout_s: float) -> list[tuple[bool, Any]]:
+        deadline = time.monotonic() + timeout_s
+        answers: list[tuple[bool, Any]] = []
+        for process, pipe in self._workers[:world_size]:
+            try:
+                if pipe.poll(max(0.1, deadline - time.monotonic())):
+                    answers.append(pipe.recv())
+                else:
+                    answers.append((False, f"no answer within {timeout_s} s (pid {process.pid})"))
+            except EOFError:
+                answers.append((False, f"died (exit code {process.exitcode})"))
+        return answers
+
+
+def _serve(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args, rank, world_size, path = pipe.recv()
+        except EOFError:
+            return
+        try:
+            torch.set_default_dtype(torch.float32)
+            answer = True, function(Rank(rank, world_size, path), *args)
+        except BaseException:
+            answer = False, traceback.format_exc()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        pipe.send(answer)
+
+
+def config_of(*options: str) -> Config:
+    """A tiny model on digits, changed by `key=value` options."""
+    from dbdist.cli import parse_config
+
+    base = (
+        "model.num_layers=3 model.hidden_size=12 model.num_heads=2 model.patch_size=4 train.batch_size=8 "
+        "train.max_steps=4 eval.batch_size=128 eval.micro_batch_size=50 train.lr=0.01"
+    )
+    words = [f"--{option}" for option in (*base.split(), *options)]
+    return parse_config("test", "", words).validate()
+
+
+def without(config: Config, *sections: str) -> dict[str, Any]:
+    """A configuration as nested dicts, without some sections."""
+    return {k: v for k, v in asdict(config).items() if k not in sections}
