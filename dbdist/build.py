@@ -27,6 +27,7 @@ def architecture(config: Config, spec: DatasetSpec) -> vit.ViTConfig:
         mlp_size=config.mlp_size,
         dropout=m.dropout,
         attention_dropout=m.attention_dropout,
+        init=m.init,
     )
 
 

@@ -38,6 +38,8 @@ class ModelConfig:
     """Probability of dropping after the embeddings, the attention output and the MLP; 0 to 1."""
     attention_dropout: float = 0.0
     """Probability of dropping an attention weight; 0 to 1."""
+    init: Literal["fan_in", "published"] = "fan_in"
+    """Initial weights: truncated normal of standard deviation 1 / sqrt(inputs), or 0.02 as published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,13 +415,13 @@ class Config:
             )
 
 
-def _at_least(bound: int, **values: float) -> None:
+def _at_least(bound: int, **values: int | float) -> None:
     for key, value in values.items():
         if not value >= bound:
             raise ConfigError(f"{key.replace('__', '.')} is {value}; it must be at least {bound}")
 
 
-def _between(low: float, high: float, **values: float) -> None:
+def _between(low: int, high: int, **values: int | float) -> None:
     for key, value in values.items():
         if not low <= value <= high:
             raise ConfigError(f"{key.replace('__', '.')} is {value}; it must lie between {low} and {high}")

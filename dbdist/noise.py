@@ -159,11 +159,10 @@ class NoiseSchedule:
 
     def _between(self, low: float, high: float, fraction: Tensor) -> Tensor:
         """The sigma below which lies this fraction of the probability between low and high."""
-        a = torch.tensor(self._standard(low), dtype=torch.float64)
-        b = torch.tensor(self._standard(high), dtype=torch.float64)
+        a, b = self._standard(low), self._standard(high)
         # Both tails are interpolated and the smaller one inverted: 1 - 1e-17 has no float64, 1e-17 has.
-        lower = torch.lerp(torch.special.ndtr(a), torch.special.ndtr(b), fraction)
-        upper = torch.lerp(torch.special.ndtr(-a), torch.special.ndtr(-b), fraction)
+        lower = _tail(-a) + (_tail(-b) - _tail(-a)) * fraction
+        upper = _tail(a) + (_tail(b) - _tail(a)) * fraction
         x = torch.where(lower < 0.5, torch.special.ndtri(lower), -torch.special.ndtri(upper))
         return torch.exp(self.p_mean + self.p_std * x)
 
@@ -171,8 +170,11 @@ class NoiseSchedule:
         return (math.log(sigma) - self.p_mean) / self.p_std
 
 
+def _tail(x: float) -> float:
+    """P(x < X) for standard normal X; erfc keeps tails that 1 + erf (torch.special.ndtr) rounds away."""
+    return 0.5 * math.erfc(x / math.sqrt(2))
+
+
 def _mass(a: float, b: float) -> float:
-    """P(a < x < b) for standard normal x, without cancellation in either tail."""
-    if a > 0:
-        a, b = -b, -a
-    return 0.5 * (math.erfc(-b / math.sqrt(2)) - math.erfc(-a / math.sqrt(2)))
+    """P(a < X < b) for standard normal X, without cancellation in either tail."""
+    return _tail(a) - _tail(b) if a > 0 else _tail(-b) - _tail(-a)

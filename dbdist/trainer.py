@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dbdist import build, seeds
 from dbdist.checkpoint import (
@@ -38,7 +37,7 @@ from dbdist.models.vit import Block
 from dbdist.monitor import Monitor, Ownership, SigmaHistogram, peak_memory_mb
 from dbdist.parallel.coordinator import Averaged, Coordinated, Private, SharedSync
 from dbdist.parallel.mailbox import Mailbox
-from dbdist.parallel.replicas import replicate
+from dbdist.parallel.replicas import Replicas
 from dbdist.parallel.topology import Layout, Topology
 from dbdist.tasks.classification import Draws, Loss, sample_draws
 
@@ -50,7 +49,7 @@ class OwnedBlock:
     index: int
     module: Block
     model: Model
-    objective: nn.Module
+    replicas: Replicas
     optimizer: torch.optim.Optimizer
     steps_done: int
     batches: BatchStream
@@ -160,7 +159,7 @@ class Trainer:
         for first in range(0, len(labels_N), size):
             is_last = first + size >= len(labels_N)
             part = slice(first, first + size)
-            with self._reduce_if(is_last, owned), self._autocast():
+            with owned.replicas.reduce_if(is_last), self._autocast():
                 loss = self._loss(owned, images[part], labels_N[part], draws, first, first + size)
                 (loss.value / config.accumulation_steps).backward()
             self._note(owned, loss, draws, first)
@@ -180,8 +179,8 @@ class Trainer:
         self, owned: OwnedBlock, images: Tensor, labels_N: Tensor, draws: Draws | None, start: int, stop: int
     ) -> Loss:
         if draws is None:
-            return owned.objective(images, labels_N)
-        return owned.objective(images, labels_N, draws.part(start, stop))
+            return owned.replicas.objective(images, labels_N)
+        return owned.replicas.objective(images, labels_N, draws.part(start, stop))
 
     def _draws(self, owned: OwnedBlock) -> Draws | None:
         """This replica's part of what the block's step draws; None without noise."""
@@ -448,7 +447,7 @@ class Trainer:
             index=index,
             module=module,
             model=model,
-            objective=replicate(objective, self.topology),
+            replicas=Replicas(objective, self.topology),
             optimizer=self._build_optimizer(module),
             steps_done=steps_done,
             batches=BatchStream(
@@ -497,7 +496,7 @@ class Trainer:
 
     def _set_training(self, mode: bool) -> None:
         for owned in self.blocks:
-            owned.objective.train(mode)
+            owned.replicas.objective.train(mode)
 
     def _set_lr(self, progress: float) -> None:
         """Linear warm-up, then constant or half a cosine. progress: steps of each block done before."""
@@ -517,12 +516,6 @@ class Trainer:
         is_bf16 = self.config.train.precision == "bf16"
         return torch.autocast(self.topology.device.type, torch.bfloat16) if is_bf16 else nullcontext()
 
-    def _reduce_if(self, is_last: bool, owned: OwnedBlock) -> AbstractContextManager[Any]:
-        """Replicas reduce once a step: with the last part of an accumulated batch."""
-        if isinstance(owned.objective, DistributedDataParallel) and not is_last:
-            return owned.objective.no_sync()
-        return nullcontext()
-
 
 @dataclass(frozen=True)
 class _Marks:
@@ -536,10 +529,10 @@ class _Marks:
 def describe_model(config: Config, dataset: ImageDataset) -> dict[str, Any]:
     """Sizes, cut and partition of the model that this configuration trains."""
     schedule = None if config.mode == "end_to_end" else config.noise_schedule()
+    sizes = asdict(build.architecture(config, dataset.spec))
     return {
         "mode": "end_to_end" if config.mode == "end_to_end" else "blocks",
-        "architecture": asdict(build.architecture(config, dataset.spec))
-        | {"dropout": None, "attention_dropout": None},
+        "architecture": {k: v for k, v in sizes.items() if k not in ("dropout", "attention_dropout", "init")},
         "layers_per_block": [len(layers) for layers in config.layers_of_block],
         "boundaries": schedule.boundaries.tolist() if schedule else None,
         "sigma_data": schedule.sigma_data if schedule else None,

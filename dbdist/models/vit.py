@@ -10,7 +10,7 @@ Shapes: N samples, C channels, S image side, T = patches + 1 tokens, D width, E 
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ class ViTConfig:
     mlp_size: int
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    init: Literal["fan_in", "published"] = "published"
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -220,14 +221,14 @@ def build_shared(config: ViTConfig, seed: int | None, device: torch.device) -> V
     """The shared modules, initialised from the seed (left empty when it is None)."""
     with torch.device("meta"):
         shared = ViTShared(config)
-    return _materialise(shared, seed, device)
+    return _materialise(shared, config, seed, device)
 
 
 def build_plain_shared(config: ViTConfig, seed: int | None, device: torch.device) -> PlainViTShared:
     """As `build_shared`, for the plain ViT."""
     with torch.device("meta"):
         shared = PlainViTShared(config)
-    return _materialise(shared, seed, device)
+    return _materialise(shared, config, seed, device)
 
 
 def build_block(
@@ -246,20 +247,24 @@ def build_block(
     """
     with torch.device("meta"):
         block = Block(config, layers, conditioned=conditioned, recompute=recompute)
-    return _materialise(block, seed, device)
+    return _materialise(block, config, seed, device)
 
 
-def _materialise(module: M, seed: int | None, device: torch.device) -> M:
+def _materialise(module: M, config: ViTConfig, seed: int | None, device: torch.device) -> M:
     module.to_empty(device=device)
     if seed is not None:
-        _initialise(module, seed)
+        _initialise(module, config.init, seed)
     return module
 
 
 @torch.no_grad()
-def _initialise(module: nn.Module, seed: int) -> None:
-    """The published initialisation: AdaLN and the conditioned head zero, tables and noise MLP N(0, 0.02),
-    everything else truncated N(0, 0.02) with zero biases. Each parameter has a random stream of its own."""
+def _initialise(module: nn.Module, init: Literal["fan_in", "published"], seed: int) -> None:
+    """Draws each parameter from a random stream of its own, named by the seed and the parameter.
+
+    Norms are the identity, biases, AdaLN and the conditioned head zero, tables N(0, 0.02). All other weights are
+    truncated normal (at two standard deviations) of 0.02 as published, or of 1 / sqrt(inputs); the published
+    noise MLP is not truncated.
+    """
     conditioned_head = isinstance(module, ViTShared)
     for name, parameter in module.named_parameters():
         owner, _, leaf = name.rpartition(".")
@@ -267,11 +272,12 @@ def _initialise(module: nn.Module, seed: int) -> None:
         generator = seeds.generator(seed, "init", name)
         if "norm" in owner.rpartition(".")[2]:
             value.fill_(1.0 if leaf == "weight" else 0.0)
-        elif leaf == "label_table" or (owner.startswith("noise_mlp") and leaf == "weight"):
-            value.normal_(0.0, INIT_STD, generator=generator)
         elif leaf == "bias" or "adaln" in owner or (owner == "head" and conditioned_head):
             pass
+        elif leaf == "label_table" or (owner.startswith("noise_mlp") and init == "published"):
+            value.normal_(0.0, INIT_STD, generator=generator)
         else:
-            bound = 2 * INIT_STD
-            nn.init.trunc_normal_(value, 0.0, INIT_STD, -bound, bound, generator=generator)
+            has_inputs = leaf == "weight" and init == "fan_in"
+            std = value[0].numel() ** -0.5 if has_inputs else INIT_STD
+            nn.init.trunc_normal_(value, 0.0, std, -2 * std, 2 * std, generator=generator)
         parameter.copy_(value)

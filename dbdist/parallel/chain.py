@@ -43,14 +43,14 @@ class Chain:
         block's work, returning what the next block receives.
         """
         device, wire = self._topology.device, self._topology.wire_device
-        meter = self._topology.meter
+        meter, group = self._topology.meter, self._topology.p2p_group
         asked: deque[tuple[Tensor, dist.Work]] = deque()
         under_way: deque[tuple[Tensor, dist.Work]] = deque()  # keeps sent buffers alive
         next_to_ask = 0
         for i in range(len(sizes)):
             while self._previous is not None and next_to_ask < min(i + IN_FLIGHT, len(sizes)):
                 buffer = torch.empty(sizes[next_to_ask], *state_shape, dtype=dtype, device=wire)
-                asked.append((buffer, _started(dist.irecv(buffer, src=self._previous))))
+                asked.append((buffer, _started(dist.irecv(buffer, src=self._previous, group=group))))
                 next_to_ask += 1
             if self._previous is None:
                 states = first(i)
@@ -65,7 +65,7 @@ class Chain:
                     under_way.popleft()[1].wait()
                 buffer = states.to(wire, dtype).contiguous()
                 assert buffer.shape == (sizes[i], *state_shape), f"{tuple(buffer.shape)} for {sizes[i]} rows"
-                under_way.append((buffer, _started(dist.isend(buffer, dst=self._next))))
+                under_way.append((buffer, _started(dist.isend(buffer, dst=self._next, group=group))))
                 meter.sent["chain"] += buffer.nbytes
         for _, sending in under_way:
             sending.wait()

@@ -59,10 +59,10 @@ class _Star:
                 if leader == self.topology.rank:
                     row.copy_(self.buffer.data)
                 else:
-                    self._start(dist.irecv(row, src=leader))
+                    self._start(dist.irecv(row, src=leader, group=self.topology.p2p_group))
                     meter.received["shared"] += row.nbytes
         elif self.topology.is_leader:
-            self._start(dist.isend(self.buffer.data, dst=0))
+            self._start(dist.isend(self.buffer.data, dst=0, group=self.topology.p2p_group))
             meter.sent["shared"] += self.buffer.num_bytes
 
     def mean(self) -> Tensor:

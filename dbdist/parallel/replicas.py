@@ -1,38 +1,41 @@
 """Data parallelism inside a block: torch's DDP over the block's replicas, with its bytes on the meter."""
 
-import torch
-import torch.distributed as dist
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dbdist.parallel.topology import Topology
 
 
-def replicate(module: nn.Module, topology: Topology) -> nn.Module:
-    """The module, its gradients averaged over the replicas of this rank's block; itself without replicas.
+class Replicas:
+    """A training objective whose gradients are averaged over the replicas of this rank's block; without
+    replicas, the objective as it is. Replicas start alike because weights depend on the seed alone."""
 
-    Replicas start from the same weights because these depend on the seed alone.
-    """
-    group = topology.replica_group
-    if group is None:
-        return module
-    replicated = DistributedDataParallel(
-        module,
-        device_ids=[topology.device] if topology.device.type == "cuda" else None,
-        process_group=group,
-        broadcast_buffers=False,
-    )
-    meter, size = topology.meter, dist.get_world_size(group)
+    def __init__(self, objective: nn.Module, topology: Topology) -> None:
+        self._meter = topology.meter
+        self._engine: DistributedDataParallel | None = None
+        self._bytes_moved = 0
+        if topology.replica_group is not None:
+            self._engine = DistributedDataParallel(
+                objective,
+                device_ids=[topology.device] if topology.device.type == "cuda" else None,
+                process_group=topology.replica_group,
+                init_sync=False,
+            )
+            size = topology.layout.num_replicas
+            # A ring moves 2 (R - 1) / R of the gradients out of every rank, and as much in.
+            gradients = sum(p.numel() * p.element_size() for p in objective.parameters())
+            self._bytes_moved = 2 * (size - 1) * gradients // size
+        self.objective: nn.Module = self._engine or objective
 
-    def average(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        buffer = bucket.buffer()
-        # A ring moves 2 (R - 1) / R of the buffer out of every rank, and as much in.
-        moved = 2 * (size - 1) * buffer.nbytes // size
-        meter.sent["replica"] += moved
-        meter.received["replica"] += moved
-        work = dist.all_reduce(buffer.div_(size), group=group, async_op=True)
-        assert work is not None
-        return work.get_future().then(lambda future: future.value()[0])
-
-    replicated.register_comm_hook(None, average)
-    return replicated
+    def reduce_if(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward of a part of a batch: gradients travel with the last part."""
+        if self._engine is None:
+            return nullcontext()
+        if not is_last:
+            return self._engine.no_sync()
+        self._meter.sent["replica"] += self._bytes_moved
+        self._meter.received["replica"] += self._bytes_moved
+        return nullcontext()

@@ -129,6 +129,8 @@ class Topology:
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     store: dist.Store | None = None
+    p2p_group: dist.ProcessGroup | None = None
+    """All ranks, for point-to-point messages alone: torch's collective checks count calls by group."""
     replica_group: dist.ProcessGroup | None = None
     """The copies of this rank's block; None when there is one copy."""
     uses_nccl: bool = False
@@ -247,6 +249,7 @@ def build_topology(
         world_size=launch.world_size,
         timeout=timedelta(seconds=timeout_s),
     )
+    p2p_group = dist.new_group(list(range(launch.world_size)))
     replica_group = None
     if layout.num_replicas > 1:
         # Every rank makes every group, in the same order.
@@ -256,5 +259,5 @@ def build_topology(
             if launch.rank in ranks:
                 replica_group = group
     return Topology(
-        layout, launch.rank, launch.local_rank, device, store, replica_group, uses_nccl
+        layout, launch.rank, launch.local_rank, device, store, p2p_group, replica_group, uses_nccl
     )
