@@ -206,7 +206,7 @@ class Trainer:
         is_save = is_last or _is_due(step, config.checkpoint.every_steps)
         evaluation = None
         scalars: dict[str, float] = {}
-        if is_eval or is_save or _is_due(step, config.train.log_every) or step == self.start_step + 1:
+        if is_eval or is_save or _is_due(step, config.train.log_every) or step == 1:
             scalars = self._measure(step)
         if is_eval:
             evaluation = self.evaluate(step)

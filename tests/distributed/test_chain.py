@@ -1,0 +1,175 @@
+"""The chain on real ranks equals the single-process sampler, in float64."""
+
+import pytest
+import torch
+
+from dbdist import build
+from dbdist.build import build_sampler
+from dbdist.data import load_dataset
+from dbdist.denoiser import Denoiser
+from dbdist.evaluation import chain_answers, evaluate, process_answers
+from dbdist.parallel.topology import Layout, Topology
+from dbdist.tasks.classification import ClassReadout
+from ranks import config_of
+
+SAMPLES = 50  # not a multiple of the batch or of the micro-batch: the last ones are partial
+
+
+def test_set(config):
+    """The first images of digits' test set."""
+    data = load_dataset(config.data, "test")
+    data.labels = data.labels[:SAMPLES]
+    return data
+
+
+test_set.__test__ = False
+
+
+def build_denoiser(config, spec, block):
+    """A block whose weights are all random, so that nothing is zero by initialisation."""
+    sizes, cpu = build.architecture(config, spec), torch.device("cpu")
+    shared = build.build_shared(config, sizes, 0, cpu)
+    module = build.build_block(config, sizes, block, 0, cpu)
+    for part, seed in ((shared, 100), (module, block)):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in part.parameters():
+            parameter.data.normal_(0, 0.3, generator=generator)
+    model = build.join(config, shared, module)
+    assert isinstance(model, Denoiser)
+    return model.eval()
+
+
+@torch.no_grad()
+def answers_of_rank(rank, layout, cases):
+    torch.set_default_dtype(torch.float64)
+    topology = rank.join(layout)
+    results = []
+    for options in cases:
+        config = config_of(*options)
+        data = test_set(config)
+        if topology.block is None:
+            results.append(None)
+            continue
+        denoiser = build_denoiser(config, data.spec, topology.block)
+        answers = chain_answers(config, topology, data, denoiser)
+        final = [a.final_NK for a in answers]
+        results.append(
+            (
+                torch.cat([a.of_block_NK for a in answers]),
+                None if final[0] is None else torch.cat(final),
+                torch.cat([a.labels_N for a in answers]),
+            )
+        )
+    return results
+
+
+@torch.no_grad()
+def whole_sampler(config):
+    """Every block in turn on all images at once, written out; answers after each block and the last."""
+    data = test_set(config)
+    sampler = build_sampler(config)
+    images, labels = data.__getitems__(list(range(SAMPLES)))
+    size = config.eval.batch_size
+    starts = range(0, SAMPLES, size)
+    width = config.model.hidden_size
+    z = torch.cat(
+        [
+            sampler.initial_state(min(size, SAMPLES - s), (width,), config.seed, i, torch.float64)
+            for i, s in enumerate(starts)
+        ]
+    )
+    draws, grid = config.sampler.num_draws, sampler.sigmas
+    images = images.double().repeat_interleave(draws, dim=0)
+    answers = {}
+    for step, block in enumerate(config.noise_schedule().block_of_step(len(grid))):
+        denoiser = build_denoiser(config, data.spec, block)
+        table = torch.nn.functional.normalize(denoiser.shared.label_table, dim=-1)
+        sigma = grid[step].expand(len(z))
+        logits = denoiser(images, z, sigma)
+        if config.sampler.guidance_scale:
+            free = denoiser(torch.zeros_like(images), z, sigma)
+            logits = free + config.sampler.guidance_scale * (logits - free)
+        probabilities = logits.softmax(-1)
+        answers[block] = probabilities.reshape(SAMPLES, draws, -1).mean(1)
+        if step + 1 < len(grid):
+            denoised = probabilities @ table
+            z = denoised + grid[step + 1] / grid[step] * (z - denoised)
+    chosen = [answers[b] for b in config.readout_blocks]
+    return answers, torch.stack(chosen).mean(0), labels
+
+
+CASES = [
+    ["model.num_blocks=3", f"sampler.num_steps={k}", f"sampler.guidance_scale={g}", f"sampler.start={start}",
+     f"eval.micro_batch_size={micro}", "eval.batch_size=32"]
+    for k in (3, 6, 13)
+    for g, start in ((0.0, "noise"), (1.5, "mean"))
+    for micro in (1, 7, 50)
+] + [
+    ["sampler.start=noise", "sampler.num_draws=3", "sampler.readout=all", "eval.micro_batch_size=7"],
+    ["sampler.readout=[0,1]", "eval.micro_batch_size=16"],
+    ["sampler.sigma_start=5", "eval.batch_size=20", "eval.micro_batch_size=64"],
+]  # fmt: skip
+
+
+def test_the_chain_equals_the_single_process_sampler(ranks, float64):
+    by_rank = ranks.run(3, answers_of_rank, Layout(3), CASES[:-1])
+    for case, options in enumerate(CASES[:-1]):
+        config = config_of(*options)
+        after, final, labels = whole_sampler(config)
+        for block in range(3):
+            own, own_final, own_labels = by_rank[block][case]
+            assert own_labels.tolist() == labels.tolist()
+            torch.testing.assert_close(own, after[block], rtol=0, atol=1e-10, msg=lambda m, o=options: f"{o}: {m}")
+            if block == 2:
+                torch.testing.assert_close(own_final, final, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [CASES[4], CASES[-3], CASES[-2]])
+def test_one_process_equals_the_sampler_with_one_block_resident(options, float64):
+    config = config_of(*options)
+    data = test_set(config)
+    after, final, _ = whole_sampler(config)
+    resident = []
+
+    def load(block):
+        resident.append(block)
+        return build_denoiser(config, data.spec, block)
+
+    found = {b: [] for b in range(3)}
+    finals = []
+    with torch.no_grad():
+        for block, answers in process_answers(config, Topology(Layout(1)), data, load):
+            found[block].append(answers.of_block_NK)
+            finals += [] if answers.final_NK is None else [answers.final_NK]
+    assert resident == [0, 1, 2]
+    for block in range(3):
+        torch.testing.assert_close(torch.cat(found[block]), after[block], rtol=0, atol=1e-10)
+    torch.testing.assert_close(torch.cat(finals), final, rtol=0, atol=1e-10)
+
+
+def scores_of_rank(rank, layout, options):
+    torch.set_default_dtype(torch.float64)
+    topology = rank.join(layout)
+    config = config_of(*options)
+    data = test_set(config)
+    return evaluate(config, topology, data, lambda b: build_denoiser(config, data.spec, b), 7)
+
+
+@pytest.mark.parametrize("layout", [Layout(3), Layout(3, 1, "dedicated"), Layout(2, 2)])
+def test_accuracy_does_not_depend_on_the_topology_and_counts_the_last_partial_batch(ranks, float64, layout):
+    options = [f"model.num_blocks={layout.num_blocks}", "model.num_layers=6", "eval.batch_size=16",
+               "eval.micro_batch_size=7", "sampler.start=noise"]  # fmt: skip
+    expected = scores_of_process(options)
+    for evaluation in ranks.run(layout.world_size, scores_of_rank, layout, options):
+        assert evaluation.num_samples == SAMPLES
+        assert evaluation.accuracy == expected.accuracy
+        assert evaluation.accuracy_after_block == expected.accuracy_after_block
+        assert evaluation.world_size == layout.world_size
+    dropped = scores_of_process([*options, "eval.drop_last=true"])
+    assert dropped.num_samples == 48
+
+
+def scores_of_process(options):
+    config = config_of(*options)
+    data = test_set(config)
+    return evaluate(config, Topology(Layout(1)), data, lambda b: build_denoiser(config, data.spec, b), 7)
