@@ -69,7 +69,9 @@ class Checkpoint:
         """A file's tensors, after its size and SHA-256. Raises CheckpointError naming the file."""
         path = self.path / file
         if not self.has(file):
-            raise CheckpointError(f"{path} is not part of this checkpoint (manifest.json does not list it)")
+            raise CheckpointError(
+                f"{path} is not part of this checkpoint (manifest.json does not list it)"
+            )
         stated = self.manifest["files"][file]
         try:
             size = path.stat().st_size
@@ -109,9 +111,13 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint | None
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         readable = manifest["format"] == FORMAT and manifest["version"] == VERSION
-        readable = readable and isinstance(manifest["step"], int) and isinstance(manifest["model"], dict)
+        readable = (
+            readable and isinstance(manifest["step"], int) and isinstance(manifest["model"], dict)
+        )
         for entry in manifest["files"].values():
-            readable = readable and isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)
+            readable = (
+                readable and isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)
+            )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         readable = False
         manifest = {}
@@ -126,7 +132,9 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint | None
 class CheckpointWriter:
     """Writes this rank's part of each checkpoint; on the coordinator also completes and retires them."""
 
-    def __init__(self, run_dir: Path, topology: Topology, writers: set[int], keep_last: int) -> None:
+    def __init__(
+        self, run_dir: Path, topology: Topology, writers: set[int], keep_last: int
+    ) -> None:
         """writers: the ranks that write files, known to all."""
         self.folder = run_dir / "checkpoints"
         self.keep_last = keep_last
@@ -177,7 +185,9 @@ class CheckpointWriter:
             if time.monotonic() > deadline:
                 step = min(self._about)
                 missing = sorted(self._writers - self._arrived.get(step, {}).keys())
-                raise CheckpointError(f"checkpoint of step {step}: rank {missing[0]} did not write its part")
+                raise CheckpointError(
+                    f"checkpoint of step {step}: rank {missing[0]} did not write its part"
+                )
             time.sleep(0.01)
 
     def _complete(self, step: int, parts: dict[int, dict[str, Any]], about: dict[str, Any]) -> None:

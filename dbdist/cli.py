@@ -76,18 +76,25 @@ def guarded(prog: str, run: Callable[[], None]) -> None:
     except UserError as error:
         fail(prog, error)
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print(
+            f"{prog}: interrupted; the same command continues from the last checkpoint",
+            file=sys.stderr,
+        )
         os._exit(130)
 
 
-def parse_config(prog: str, description: str, argv: list[str], first: list[str] | None = None) -> Config:
+def parse_config(
+    prog: str, description: str, argv: list[str], first: list[str] | None = None
+) -> Config:
     """The configuration of a command line: defaults, then `first` (e.g. a run's own config file), then argv.
 
     Raises ConfigError for anything that is not a valid configuration; --help prints every key and exits.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; later options override it.")
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="YAML file; later options override it."
+    )
     parser.add_class_arguments(Config)
     try:
         values = parser.instantiate(parser.parse_args([*(first or []), *_with_values(argv)]))
@@ -102,7 +109,9 @@ def explain(error: str) -> str:
         return _unknown("option", found[1], [*_keys(Config), "config"], "--")
     if found := re.search(r"Option '([\w.-]+)' is not accepted", error):
         return _unknown("key", found[1], list(_keys(Config)))
-    if found := re.search(r"Group '([\w.-]+)' does not accept (?:option|nested key|key) '([\w.-]+)'", error):
+    if found := re.search(
+        r"Group '([\w.-]+)' does not accept (?:option|nested key|key) '([\w.-]+)'", error
+    ):
         return _unknown("key", f"{found[1]}.{found[2]}", list(_keys(Config)))
     if found := re.search(r'Parser key "([\w.-]+)":\s*(.*)', error, re.DOTALL):
         return f"{found[1]}: {' '.join(found[2].split())}"
@@ -130,7 +139,9 @@ def _with_values(argv: list[str]) -> list[str]:
     """A bare `--checkpoint.resume` stands for `--checkpoint.resume true`."""
     words: list[str] = []
     for i, word in enumerate(argv):
-        is_bare = word == "--checkpoint.resume" and (i + 1 == len(argv) or argv[i + 1].startswith("--"))
+        is_bare = word == "--checkpoint.resume" and (
+            i + 1 == len(argv) or argv[i + 1].startswith("--")
+        )
         words.append("--checkpoint.resume=true" if is_bare else word)
     return words
 

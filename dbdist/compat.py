@@ -72,7 +72,9 @@ class PublishedConfig:
 
     def layers_per_block(self) -> list[int]:
         if self.num_blocks < 1 or self.num_layers % self.num_blocks:
-            raise ConfigError(f"num_blocks {self.num_blocks} does not divide num_layers {self.num_layers}")
+            raise ConfigError(
+                f"num_blocks {self.num_blocks} does not divide num_layers {self.num_layers}"
+            )
         return [self.num_layers // self.num_blocks] * self.num_blocks
 
 
@@ -146,9 +148,15 @@ class _LogitReadout(ClassReadout):
 def published_block_of_step(schedule: NoiseSchedule, num_steps: int) -> list[int]:
     """The block that the published sampler runs at each step: it compares a float32 grid with float64
     boundaries, so a grid point on a boundary falls to either side, and a block may be left out."""
-    sigmas = schedule.grid(num_steps).float().double() if num_steps > 1 else torch.tensor([schedule.sigma_min])
+    sigmas = (
+        schedule.grid(num_steps).float().double()
+        if num_steps > 1
+        else torch.tensor([schedule.sigma_min])
+    )
     ascending = torch.searchsorted(schedule.boundaries, sigmas.double(), right=True) - 1
-    return [schedule.num_blocks - 1 - k for k in ascending.clamp(0, schedule.num_blocks - 1).tolist()]
+    return [
+        schedule.num_blocks - 1 - k for k in ascending.clamp(0, schedule.num_blocks - 1).tolist()
+    ]
 
 
 def load_published_vit(
@@ -171,7 +179,10 @@ def load_published_vit(
 
 
 def import_published(
-    checkpoint: Path, out: Path, config: Mapping[str, Any] | None = None, spec: DatasetSpec | None = None
+    checkpoint: Path,
+    out: Path,
+    config: Mapping[str, Any] | None = None,
+    spec: DatasetSpec | None = None,
 ) -> None:
     """Converts published weights to an exported model that `dbdist.load` reads, with the published sampler.
 
@@ -244,10 +255,14 @@ def _read(
     return path, *_clean(state, _flat_sizes(content.get("hyper_parameters")))
 
 
-def _clean(state: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _clean(
+    state: Mapping[str, Any], found: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {k.removeprefix("model."): v for k, v in state.items() if isinstance(v, Tensor)}
     tensors.pop("sigmas", None)  # the sampler's grid, a buffer of the Lightning module
-    return tensors, {k: int(v) for k, v in found.items() if k in PublishedConfig.__dataclass_fields__}
+    return tensors, {
+        k: int(v) for k, v in found.items() if k in PublishedConfig.__dataclass_fields__
+    }
 
 
 def _flat_sizes(hyper_parameters: Any) -> dict[str, Any]:
@@ -295,12 +310,18 @@ def _sizes(source: Path, state: Mapping[str, Tensor], given: dict[str, Any]) -> 
     }
     for key, value in shapes.items():
         if given.setdefault(key, value) != value:
-            raise CheckpointError(f"{source}: its tensors say {key} {value}, the configuration {given[key]}")
+            raise CheckpointError(
+                f"{source}: its tensors say {key} {value}, the configuration {given[key]}"
+            )
     for key in ("num_heads", "num_blocks"):
         if key not in given:
-            raise CheckpointError(f"{source} does not say {key}, which no tensor's shape tells; give it")
+            raise CheckpointError(
+                f"{source} does not say {key}, which no tensor's shape tells; give it"
+            )
     if given["num_heads"] < 1 or hidden % given["num_heads"]:
-        raise CheckpointError(f"{source}: num_heads {given['num_heads']} does not divide hidden_size {hidden}")
+        raise CheckpointError(
+            f"{source}: num_heads {given['num_heads']} does not divide hidden_size {hidden}"
+        )
     return PublishedConfig(**given)
 
 
@@ -316,7 +337,9 @@ def _rename(source: Path, state: Mapping[str, Tensor], sizes: PublishedConfig) -
                 if name.endswith(".query"):
                     stem = key.removesuffix(f"query.{leaf}")
                     try:
-                        parts = [state[f"{stem}{part}.{leaf}"] for part in ("query", "key", "value")]
+                        parts = [
+                            state[f"{stem}{part}.{leaf}"] for part in ("query", "key", "value")
+                        ]
                     except KeyError as error:
                         raise CheckpointError(f"{source} lacks tensor {error}") from None
                     renamed[f"{prefix}.attention.qkv.{leaf}"] = torch.cat(parts)
@@ -324,6 +347,8 @@ def _rename(source: Path, state: Mapping[str, Tensor], sizes: PublishedConfig) -
                 renamed[f"{prefix}.{LAYER_NAMES.get(name, name)}.{leaf}"] = tensor
         else:
             stem, _, leaf = key.rpartition(".")
-            name = SHARED_NAMES.get(key) or (f"{SHARED_NAMES[stem]}.{leaf}" if stem in SHARED_NAMES else key)
+            name = SHARED_NAMES.get(key) or (
+                f"{SHARED_NAMES[stem]}.{leaf}" if stem in SHARED_NAMES else key
+            )
             renamed[f"shared.{name}"] = tensor.squeeze(0) if name == "positions" else tensor
     return renamed

@@ -245,7 +245,10 @@ class Config:
     @property
     def layers_of_block(self) -> list[range]:
         """Layer indices of each block, block 0 first; contiguous and complete."""
-        counts = self.model.layers_per_block or (self.model.num_layers // self.num_blocks,) * self.num_blocks
+        counts = (
+            self.model.layers_per_block
+            or (self.model.num_layers // self.num_blocks,) * self.num_blocks
+        )
         if self.mode == "end_to_end":
             counts = (self.model.num_layers,)
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]
@@ -272,7 +275,14 @@ class Config:
         """The partition that this configuration trains and samples with."""
         n = self.noise
         return NoiseSchedule(
-            self.num_blocks, n.p_mean, n.p_std, n.sigma_min, n.sigma_max, n.sigma_data, n.overlap, n.partition
+            self.num_blocks,
+            n.p_mean,
+            n.p_std,
+            n.sigma_min,
+            n.sigma_max,
+            n.sigma_data,
+            n.overlap,
+            n.partition,
         )
 
     def max_steps(self, num_train: int) -> int:
@@ -289,7 +299,11 @@ class Config:
         self._validate_parallel()
         if self.mode != "end_to_end":
             self._validate_sampler()
-        _at_least(0, checkpoint__every_steps=self.checkpoint.every_steps, eval__every_steps=self.eval.every_steps)
+        _at_least(
+            0,
+            checkpoint__every_steps=self.checkpoint.every_steps,
+            eval__every_steps=self.eval.every_steps,
+        )
         _at_least(
             1,
             checkpoint__keep_last=self.checkpoint.keep_last,
@@ -302,7 +316,9 @@ class Config:
             data__augment__crop_padding=self.data.augment.crop_padding,
             data__augment__randaugment_ops=self.data.augment.randaugment_ops,
         )
-        _between(0, 30, data__augment__randaugment_magnitude=self.data.augment.randaugment_magnitude)
+        _between(
+            0, 30, data__augment__randaugment_magnitude=self.data.augment.randaugment_magnitude
+        )
         if self.data.image_size is not None:
             _at_least(1, data__image_size=self.data.image_size)
         return self
@@ -356,14 +372,28 @@ class Config:
             train__log_every=t.log_every,
         )
         _at_least(0, train__warmup_steps=t.warmup_steps, train__weight_decay=t.weight_decay)
-        for key, value in (("lr", t.lr), ("eps", t.eps), ("epochs", t.epochs), ("clip_norm", t.clip_norm)):
+        for key, value in (
+            ("lr", t.lr),
+            ("eps", t.eps),
+            ("epochs", t.epochs),
+            ("clip_norm", t.clip_norm),
+        ):
             if value is not None and not value > 0:
                 raise ConfigError(f"train.{key} is {value}; it must be greater than 0")
-        _between(0, 1, train__min_lr_ratio=t.min_lr_ratio, task__condition_dropout=self.task.condition_dropout)
+        _between(
+            0,
+            1,
+            train__min_lr_ratio=t.min_lr_ratio,
+            task__condition_dropout=self.task.condition_dropout,
+        )
         if not all(0 <= beta < 1 for beta in t.betas):
-            raise ConfigError(f"train.betas is {list(t.betas)}; both must be at least 0 and below 1")
+            raise ConfigError(
+                f"train.betas is {list(t.betas)}; both must be at least 0 and below 1"
+            )
         if not 0 <= t.ema_decay < 1:
-            raise ConfigError(f"train.ema_decay is {t.ema_decay}; it must be at least 0 and below 1")
+            raise ConfigError(
+                f"train.ema_decay is {t.ema_decay}; it must be at least 0 and below 1"
+            )
         parts = self.parallel.replicas * t.accumulation_steps
         if self.parallel.replicas >= 1 and t.batch_size % parts:
             raise ConfigError(
@@ -383,7 +413,9 @@ class Config:
                 f"parallel.outer_momentum is {p.outer_momentum}; it must be at least 0 and below 1"
             )
         if p.sync != "every" and (p.outer_lr != 1 or p.outer_momentum != 0):
-            raise ConfigError("parallel.outer_lr and parallel.outer_momentum need parallel.sync: every")
+            raise ConfigError(
+                "parallel.outer_lr and parallel.outer_momentum need parallel.sync: every"
+            )
         if self.mode == "block_parallel" and p.sync == "never" and p.coordinator == "dedicated":
             raise ConfigError(
                 "parallel.coordinator: dedicated has nothing to do with parallel.sync: never; use colocated"
@@ -407,8 +439,12 @@ class Config:
                 f"sampler.num_draws is {s.num_draws}, but sampler.start: mean draws nothing; use start: noise"
             )
         if s.guidance_scale < 0:
-            raise ConfigError(f"sampler.guidance_scale is {s.guidance_scale}; it must be at least 0")
-        if not self.readout_blocks or not all(0 <= b < self.num_blocks for b in self.readout_blocks):
+            raise ConfigError(
+                f"sampler.guidance_scale is {s.guidance_scale}; it must be at least 0"
+            )
+        if not self.readout_blocks or not all(
+            0 <= b < self.num_blocks for b in self.readout_blocks
+        ):
             raise ConfigError(
                 f"sampler.readout is {s.readout}; allowed are last, all or a list of blocks "
                 f"0..{self.num_blocks - 1}"
@@ -424,4 +460,6 @@ def _at_least(bound: int, **values: int | float) -> None:
 def _between(low: int, high: int, **values: int | float) -> None:
     for key, value in values.items():
         if not low <= value <= high:
-            raise ConfigError(f"{key.replace('__', '.')} is {value}; it must lie between {low} and {high}")
+            raise ConfigError(
+                f"{key.replace('__', '.')} is {value}; it must lie between {low} and {high}"
+            )

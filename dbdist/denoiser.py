@@ -46,4 +46,3 @@ def noised(
 def _like(coefficient_N: Tensor, z: Tensor) -> Tensor:
     """The coefficient of each sample, shaped to multiply a state of any trailing shape."""
     return coefficient_N.reshape(-1, *[1] * (z.ndim - 1))
-

@@ -36,7 +36,9 @@ def config_of_run(prog: str, description: str, argv: list[str]) -> Config:
 
     run_dir = parse_config(prog, description, argv).run_dir
     if read_config(Path(run_dir)) is None:
-        raise ConfigError(f"{run_dir} holds no run (config.yaml is missing); give --run_dir of a trained one")
+        raise ConfigError(
+            f"{run_dir} holds no run (config.yaml is missing); give --run_dir of a trained one"
+        )
     own = ["--config", str(Path(run_dir) / "config.yaml")]
     config = parse_config(prog, description, argv, first=own)
     return dataclasses.replace(config, run_dir=run_dir).validate()
@@ -90,11 +92,15 @@ def evaluate_run(config: Config, topology: "Topology") -> "Evaluation":  # noqa:
 
         if topology.world_size > 1 and topology.block is not None:
             own[topology.block] = load(topology.block)
-        elif topology.world_size == 1:  # blocks are loaded in turn: look at all files before starting
+        elif (
+            topology.world_size == 1
+        ):  # blocks are loaded in turn: look at all files before starting
             for block in range(config.num_blocks):
                 load(block)
     assert checkpoint is not None
-    evaluation = evaluate(config, topology, test_set, own.__getitem__ if own else load, checkpoint.step)
+    evaluation = evaluate(
+        config, topology, test_set, own.__getitem__ if own else load, checkpoint.step
+    )
     if topology.is_coordinator:
         write_evaluation(run_dir, evaluation)
         report(run_dir, evaluation)
@@ -106,7 +112,9 @@ def report(run_dir: Path, evaluation: "Evaluation") -> None:  # noqa: F821
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"Evaluation at step {evaluation.step}", title_justify="left", show_header=False)
+    table = Table(
+        title=f"Evaluation at step {evaluation.step}", title_justify="left", show_header=False
+    )
     after = "  ".join(f"{b}: {a:.4f}" for b, a in enumerate(evaluation.accuracy_after_block))
     table.add_row("accuracy", f"{evaluation.accuracy:.4f}")
     table.add_row("accuracy after block", after)

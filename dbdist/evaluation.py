@@ -41,8 +41,14 @@ class Evaluation:
 
     def scalars(self) -> dict[str, float]:
         """For metrics.jsonl."""
-        after = {f"val/accuracy_after_block/{b}": a for b, a in enumerate(self.accuracy_after_block)}
-        return {"val/accuracy": self.accuracy, **after, "perf/eval_samples_per_s": self.samples_per_s}
+        after = {
+            f"val/accuracy_after_block/{b}": a for b, a in enumerate(self.accuracy_after_block)
+        }
+        return {
+            "val/accuracy": self.accuracy,
+            **after,
+            "perf/eval_samples_per_s": self.samples_per_s,
+        }
 
 
 @dataclass(frozen=True)
@@ -87,12 +93,17 @@ def chain_answers(
         return torch.cat([z.reshape(len(labels), -1), answer_sum], dim=1)
 
     shape = (state_size + (num_classes if accumulate else 0),)
-    Chain(topology).run([stop - start for _, start, stop in micro.places], shape, table.dtype, first, work)
+    Chain(topology).run(
+        [stop - start for _, start, stop in micro.places], shape, table.dtype, first, work
+    )
     return results
 
 
 def process_answers(
-    config: Config, topology: Topology, dataset: ImageDataset, model_of_block: Callable[[int], Denoiser]
+    config: Config,
+    topology: Topology,
+    dataset: ImageDataset,
+    model_of_block: Callable[[int], Denoiser],
 ) -> Iterator[tuple[int, Answers]]:
     """(block, answers) of every block in turn, one resident at a time if `model_of_block` loads it."""
     sampler = build_sampler(config)
@@ -109,7 +120,9 @@ def process_answers(
                 z = micro.initial_state(sampler, batch_idx, table.shape[1:])
                 draws = sampler.num_draws
                 states[i] = z[start * draws : stop * draws].to(topology.device)
-                sums[i] = torch.zeros(len(labels), len(table), dtype=table.dtype, device=topology.device)
+                sums[i] = torch.zeros(
+                    len(labels), len(table), dtype=table.dtype, device=topology.device
+                )
             states[i], answer = sampler.run_block(block, denoiser, task, images, states[i])
             sums[i], final = _read_out(config, block, answer, sums[i])
             yield block, Answers(labels, answer, final)
@@ -166,7 +179,11 @@ def evaluate(
         samples_per_s=num_samples / elapsed,
         sampler={}
         if config.mode == "end_to_end"
-        else {**asdict(config.sampler), "num_steps": s.num_steps, "sigma_start": s.sigmas[0].item()},
+        else {
+            **asdict(config.sampler),
+            "num_steps": s.num_steps,
+            "sigma_start": s.sigmas[0].item(),
+        },
         step=step,
     )
 
@@ -215,7 +232,9 @@ class _MicroBatches:
         """First states of a whole batch: what a sample starts from does not depend on micro-batches."""
         if self._state is None or self._state[0] != batch_idx:
             size = self._sizes[batch_idx]
-            state = sampler.initial_state(size, tuple(shape), self._config.seed, batch_idx, self._dtype)
+            state = sampler.initial_state(
+                size, tuple(shape), self._config.seed, batch_idx, self._dtype
+            )
             self._state = batch_idx, state
         return self._state[1]
 

@@ -16,11 +16,15 @@ def run(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="dbdist export", description=__doc__)
     parser.add_argument("run_dir", metavar="RUN", help="folder of a trained run")
     parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument("options", nargs="*", metavar="--sampler.…", help="changes, as for dbdist evaluate")
+    parser.add_argument(
+        "options", nargs="*", metavar="--sampler.…", help="changes, as for dbdist evaluate"
+    )
     given, options = parser.parse_known_args(argv)
     from dbdist.evaluate import config_of_run
 
-    config = config_of_run("dbdist export", "", ["--run_dir", given.run_dir, *given.options, *options])
+    config = config_of_run(
+        "dbdist export", "", ["--run_dir", given.run_dir, *given.options, *options]
+    )
     export(config, Path(given.out))
     print(f"{given.out}: dbdist.load({given.out!r}).predict(images)")
 

@@ -16,11 +16,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="dbdist import-published", description=__doc__)
-    parser.add_argument("checkpoint", metavar="CKPT", help="published weights: .safetensors or Lightning .ckpt")
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="published weights: .safetensors or Lightning .ckpt"
+    )
     parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument("--num_heads", type=int, help="attention heads, where the file does not say")
+    parser.add_argument(
+        "--num_heads", type=int, help="attention heads, where the file does not say"
+    )
     parser.add_argument("--num_blocks", type=int, help="blocks B, where the file does not say")
-    parser.add_argument("--data", help="dataset whose normalisation the weights expect, e.g. cifar100")
+    parser.add_argument(
+        "--data", help="dataset whose normalisation the weights expect, e.g. cifar100"
+    )
     given = parser.parse_args(argv)
     from dbdist.compat import import_published
     from dbdist.config import DataConfig

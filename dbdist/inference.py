@@ -31,7 +31,13 @@ VERSION = 1
 class BlockwiseClassifier(nn.Module):
     """All blocks of a DiffusionBlocks classifier. Blocks may share one set of shared modules or have their own."""
 
-    def __init__(self, denoisers: list[Denoiser], sampler: Sampler, normalized: bool, readout: tuple[int, ...]):
+    def __init__(
+        self,
+        denoisers: list[Denoiser],
+        sampler: Sampler,
+        normalized: bool,
+        readout: tuple[int, ...],
+    ):
         super().__init__()
         self.denoisers = nn.ModuleList(denoisers)
         self.sampler = sampler
@@ -90,7 +96,9 @@ def save_model(out: Path, weights: dict[str, Tensor], config: dict[str, Any]) ->
     save_file({k: v.contiguous() for k, v in weights.items()}, partial)
     os.replace(partial, out / "model.safetensors")
     partial = out / "config.json.partial"
-    partial.write_text(json.dumps({"format": FORMAT, "version": VERSION, **config}, indent=2) + "\n")
+    partial.write_text(
+        json.dumps({"format": FORMAT, "version": VERSION, **config}, indent=2) + "\n"
+    )
     os.replace(partial, out / "config.json")
 
 
@@ -103,17 +111,27 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Lo
     try:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} holds no exported model (config.json); `dbdist export RUN OUT` makes one") from None
+        raise CheckpointError(
+            f"{folder} holds no exported model (config.json); `dbdist export RUN OUT` makes one"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder}/config.json cannot be read ({error}); export the model again") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("version") != VERSION:
+        raise CheckpointError(
+            f"{folder}/config.json cannot be read ({error}); export the model again"
+        ) from None
+    if (
+        not isinstance(config, dict)
+        or config.get("format") != FORMAT
+        or config.get("version") != VERSION
+    ):
         raise CheckpointError(f"{folder}/config.json is not of format {FORMAT} version {VERSION}")
     weights = load_weights(folder / "model.safetensors")
     try:
         spec = _dataset_spec(config["data"])
         network = _build(config, device, next(iter(weights.values())).dtype)
     except (KeyError, TypeError, ValueError, StopIteration) as error:
-        raise CheckpointError(f"{folder}/config.json is incomplete ({error!r}); export the model again") from None
+        raise CheckpointError(
+            f"{folder}/config.json is incomplete ({error!r}); export the model again"
+        ) from None
     fill(network, network_weights(network, weights), folder / "model.safetensors")
     return LoadedModel(network, spec, device)
 
@@ -125,15 +143,22 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy or use another checkpoint") from None
+        raise CheckpointError(
+            f"{path} is damaged ({error}); restore it from a copy or use another checkpoint"
+        ) from None
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
     """Copies weights into the module by name. Raises CheckpointError where names or shapes differ."""
     own = dict(module.named_parameters())
-    for problem, names in (("lacks", own.keys() - weights.keys()), ("has a foreign", weights.keys() - own.keys())):
+    for problem, names in (
+        ("lacks", own.keys() - weights.keys()),
+        ("has a foreign", weights.keys() - own.keys()),
+    ):
         if names:
-            raise CheckpointError(f"{source} {problem} tensor {min(names)}: it belongs to another model")
+            raise CheckpointError(
+                f"{source} {problem} tensor {min(names)}: it belongs to another model"
+            )
     with torch.no_grad():
         for name, parameter in own.items():
             if parameter.shape != weights[name].shape:
@@ -205,4 +230,6 @@ def _build(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> 
         )
         for indices in layers
     ]
-    return BlockwiseClassifier(denoisers, Sampler(schedule, **options), normalized, readout).to(dtype)
+    return BlockwiseClassifier(denoisers, Sampler(schedule, **options), normalized, readout).to(
+        dtype
+    )

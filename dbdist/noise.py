@@ -73,7 +73,9 @@ class NoiseSchedule:
     @property
     def boundaries(self) -> Float[Tensor, " edges"]:
         """Ascending edges; block b lies between entries B-1-b and B-b. Paper, section 3.2."""
-        return self.sigma_at(torch.arange(self.num_blocks + 1, dtype=torch.float64) / self.num_blocks)
+        return self.sigma_at(
+            torch.arange(self.num_blocks + 1, dtype=torch.float64) / self.num_blocks
+        )
 
     def block_range(self, block: int) -> tuple[float, float]:
         """(low, high) of the sigmas a block trains on: its own range, widened by `overlap` times its
@@ -130,7 +132,11 @@ class NoiseSchedule:
         if self.partition == "uniform":
             log_low, log_high = math.log(self.sigma_min), math.log(self.sigma_max)
             return (math.log(sigma) - log_low) / (log_high - log_low)
-        low, x, high = self._standard(self.sigma_min), self._standard(sigma), self._standard(self.sigma_max)
+        low, x, high = (
+            self._standard(self.sigma_min),
+            self._standard(sigma),
+            self._standard(self.sigma_max),
+        )
         return _mass(low, x) / _mass(low, high)
 
     def sigma_at(self, level: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:

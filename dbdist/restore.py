@@ -37,14 +37,18 @@ def export_weights(config: Config, checkpoint: Checkpoint) -> tuple[dict[str, Te
         weights |= layers
         shared_of_block.append(shared)
     first = shared_of_block[0]
-    is_private = any(not torch.equal(first[k], other[k]) for other in shared_of_block for k in first)
+    is_private = any(
+        not torch.equal(first[k], other[k]) for other in shared_of_block for k in first
+    )
     for block, shared in enumerate(shared_of_block if is_private else [first]):
         prefix = f"block-{block}.shared." if is_private else "shared."
         weights |= {f"{prefix}{name}": tensor for name, tensor in shared.items()}
     return weights, is_private
 
 
-def _weights(checkpoint: Checkpoint, block: int) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+def _weights(
+    checkpoint: Checkpoint, block: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
     """(the block's tensors, its shared modules', the file these come from)."""
     file = _averaged(checkpoint, block_file(block))
     tensors = checkpoint.tensors(file)

@@ -60,7 +60,12 @@ class Sampler:
         return [i for i, owner in enumerate(owners) if owner == block]
 
     def initial_state(
-        self, num_samples: int, shape: tuple[int, ...], seed: int, batch_idx: int, dtype: torch.dtype
+        self,
+        num_samples: int,
+        shape: tuple[int, ...],
+        seed: int,
+        batch_idx: int,
+        dtype: torch.dtype,
     ) -> Tensor:
         """First z of a batch, (num_samples * num_draws, *shape); the draws of a sample are adjacent.
 

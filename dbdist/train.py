@@ -59,7 +59,9 @@ def train(config: Config, topology: "Topology") -> "Evaluation":  # noqa: F821
             )
     with topology.agree("opening the run directory"):
         if len(set(steps := topology.gather(checkpoint and checkpoint.step))) > 1:
-            raise CheckpointError(f"{run_dir} is not the same folder on all ranks: they see checkpoints {steps}")
+            raise CheckpointError(
+                f"{run_dir} is not the same folder on all ranks: they see checkpoints {steps}"
+            )
         if topology.is_coordinator:
             claim(config)
     with topology.agree("building the model"):

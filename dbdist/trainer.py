@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from dbdist import build, seeds
 from dbdist.checkpoint import (
@@ -102,7 +103,9 @@ class Trainer:
         self.shared = build.build_shared(config, self.sizes, seed, topology.device)
         self.blocks = [self._own(index, seed) for index in self._owned_indices()]
         self.sync = self._build_sync()
-        self.ema = Ema(config.train.ema_decay, self._all_parameters()) if config.train.ema_decay else None
+        self.ema = (
+            Ema(config.train.ema_decay, self._all_parameters()) if config.train.ema_decay else None
+        )
         if checkpoint is not None:
             with topology.agree("reading the checkpoint"):
                 self._restore(checkpoint)
@@ -143,44 +146,62 @@ class Trainer:
         return evaluation
 
     def _train_step(self, owned: OwnedBlock, progress: float) -> None:
-        """One optimizer step of one block. progress: steps of the schedule, a fraction in sequential mode."""
+        """One optimizer step of one block. progress: steps of the schedule, a fraction in sequential mode.
+
+        The labelled phases show up in torch's profiler and in `dbdist.bench.step`.
+        """
         start = time.perf_counter()
-        config = self.config.train
-        images, labels_N = next(owned.batches)
-        images = images.to(self.topology.device, self.shared.positions.dtype, non_blocking=True)
-        labels_N = labels_N.to(self.topology.device, non_blocking=True)
-        draws = self._draws(owned)
-        if self.config.model.dropout > 0 or self.config.model.attention_dropout > 0:
-            torch.manual_seed(
-                seeds.at(self.config.seed, "dropout", owned.index, self.topology.replica, owned.steps_done)
-            )
+        with record_function("dbdist::load"):
+            images, labels_N = next(owned.batches)
+            dtype = self.shared.positions.dtype
+            images = images.to(self.topology.device, dtype, non_blocking=True)
+            labels_N = labels_N.to(self.topology.device, non_blocking=True)
+        with record_function("dbdist::noise"):
+            draws = self._draws(owned)
+            self._seed_dropout(owned)
         self._zero_grad(owned)
-        size = len(labels_N) // config.accumulation_steps
+        parts = self.config.train.accumulation_steps
+        size = len(labels_N) // parts
         for first in range(0, len(labels_N), size):
-            is_last = first + size >= len(labels_N)
-            part = slice(first, first + size)
-            with owned.replicas.reduce_if(is_last), self._autocast():
-                loss = self._loss(owned, images[part], labels_N[part], draws, first, first + size)
-                (loss.value / config.accumulation_steps).backward()
-            self._note(owned, loss, draws, first)
-        parameters = [*owned.module.parameters(), *self.shared.parameters()]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
-        self._set_lr(progress)
-        self.sync.begin()
-        owned.optimizer.step()
-        owned.steps_done += 1
-        self.sync.finish(owned.steps_done)
+            rows = slice(first, first + size)
+            part = draws and draws.part(first, first + size)
+            with owned.replicas.reduce_if(first + size == len(labels_N)):
+                with record_function("dbdist::forward"), self._autocast():
+                    loss = self._loss(owned, images[rows], labels_N[rows], part)
+                with record_function("dbdist::backward"):
+                    (loss.value / parts).backward()
+            self._note(owned, loss, part)
+        with record_function("dbdist::optimizer"):
+            parameters = [*owned.module.parameters(), *self.shared.parameters()]
+            norm = torch.nn.utils.clip_grad_norm_(
+                parameters, self.config.train.clip_norm or math.inf
+            )
+            self._set_lr(progress)
+        with record_function("dbdist::sync"):
+            self.sync.begin()
+        with record_function("dbdist::optimizer"):
+            owned.optimizer.step()
+            owned.steps_done += 1
+        with record_function("dbdist::sync"):
+            self.sync.finish(owned.steps_done)
         if self.ema:
             self.ema.update()
-        owned.totals[2:] += torch.stack([norm.detach().double(), torch.ones_like(norm, dtype=torch.double)])
+        owned.totals[2] += norm.detach()
+        owned.totals[3] += 1
         owned.seconds += time.perf_counter() - start
 
     def _loss(
-        self, owned: OwnedBlock, images: Tensor, labels_N: Tensor, draws: Draws | None, start: int, stop: int
+        self, owned: OwnedBlock, images: Tensor, labels_N: Tensor, draws: Draws | None
     ) -> Loss:
-        if draws is None:
-            return owned.replicas.objective(images, labels_N)
-        return owned.replicas.objective(images, labels_N, draws.part(start, stop))
+        inputs = (images, labels_N) if draws is None else (images, labels_N, draws)
+        return owned.replicas.objective(*inputs)
+
+    def _seed_dropout(self, owned: OwnedBlock) -> None:
+        """Makes the step's dropout a function of its name alone."""
+        m = self.config.model
+        if m.dropout > 0 or m.attention_dropout > 0:
+            replica, step = self.topology.replica, owned.steps_done
+            torch.manual_seed(seeds.at(self.config.seed, "dropout", owned.index, replica, step))
 
     def _draws(self, owned: OwnedBlock) -> Draws | None:
         """This replica's part of what the block's step draws; None without noise."""
@@ -260,13 +281,12 @@ class Trainer:
             owns_shared=self.sync.optimizer is not None,
         )
 
-    def _note(self, owned: OwnedBlock, loss: Loss, draws: Draws | None, first: int) -> None:
+    def _note(self, owned: OwnedBlock, loss: Loss, draws: Draws | None) -> None:
         share = 1 / self.config.train.accumulation_steps
-        values = torch.stack([loss.value.detach().double(), loss.cross_entropy_N.double().mean()])
-        owned.totals[:2] += values * share
+        owned.totals[0] += loss.value.detach() * share
+        owned.totals[1] += loss.cross_entropy_N.mean() * share
         if owned.histogram is not None and draws is not None:
-            part = draws.part(first, first + len(loss.cross_entropy_N))
-            owned.histogram.add(part.sigma_N.float(), loss.cross_entropy_N.float())
+            owned.histogram.add(draws.sigma_N, loss.cross_entropy_N)
 
     def _measure(self, step: int) -> dict[str, float]:
         """This rank's scalars since the last record. Collective among the replicas of a block."""
@@ -311,7 +331,9 @@ class Trainer:
         return scalars
 
     def _post(self, step: int, scalars: dict[str, float], with_histograms: bool) -> None:
-        histograms = [o.histogram.to_dict() for o in self.blocks if o.histogram] if with_histograms else []
+        histograms = (
+            [o.histogram.to_dict() for o in self.blocks if o.histogram] if with_histograms else []
+        )
         for histogram in histograms or [None]:
             self._mailbox.post({"step": step, "scalars": scalars, "histogram": histogram})
             scalars = {}
@@ -346,7 +368,9 @@ class Trainer:
         files: dict[str, dict[str, Tensor]] = {}
         topology, sync = self.topology, self.sync
         shared = dict(self.shared.named_parameters())
-        private = isinstance(sync, Averaged) or (isinstance(sync, Private) and self._is_block_parallel)
+        private = isinstance(sync, Averaged) or (
+            isinstance(sync, Private) and self._is_block_parallel
+        )
         if topology.is_leader:
             for owned in self.blocks:
                 name = block_file(owned.index)
@@ -354,7 +378,9 @@ class Trainer:
                 files[name] = {**parameters, **(_prefixed(shared) if private else {})}
                 files[optimizer_file(name)] = optimizer_tensors(owned.optimizer, parameters)
                 if private and sync.optimizer is not None:
-                    files[optimizer_file(name)] |= optimizer_tensors(sync.optimizer, shared, "shared.")
+                    files[optimizer_file(name)] |= optimizer_tensors(
+                        sync.optimizer, shared, "shared."
+                    )
                 if self.ema:
                     files[ema_file(name)] = {k: self.ema.averages[k] for k in files[name]}
         if topology.is_coordinator and isinstance(sync, Averaged):
@@ -373,24 +399,32 @@ class Trainer:
         checkpoint.check_fits(self.description())
         shared = dict(self.shared.named_parameters())
         sync = self.sync
-        if isinstance(sync, Averaged) or not (isinstance(sync, Private) and self._is_block_parallel):
+        if isinstance(sync, Averaged) or not (
+            isinstance(sync, Private) and self._is_block_parallel
+        ):
             fill(self.shared, checkpoint.tensors(SHARED), checkpoint.path / SHARED)
         if isinstance(sync, Averaged) and self.topology.is_coordinator:
             with torch.no_grad():
                 for name, tensor in sync.anchor.items():
                     tensor.copy_(shared[name])
             if sync.outer is not None:
-                restore_optimizer(sync.outer, sync.anchor, checkpoint.tensors(optimizer_file(SHARED)))
+                restore_optimizer(
+                    sync.outer, sync.anchor, checkpoint.tensors(optimizer_file(SHARED))
+                )
         elif not self._is_private and sync.optimizer is not None:
             restore_optimizer(sync.optimizer, shared, checkpoint.tensors(optimizer_file(SHARED)))
         for owned in self.blocks:
             self._restore_block(checkpoint, owned, shared)
         if self.ema:
-            for file in [SHARED] * (not self._is_private) + [block_file(o.index) for o in self.blocks]:
+            for file in [SHARED] * (not self._is_private) + [
+                block_file(o.index) for o in self.blocks
+            ]:
                 averages = checkpoint.tensors(ema_file(file))
                 self.ema.load(_prefixed(averages) if file == SHARED else averages)
 
-    def _restore_block(self, checkpoint: Checkpoint, owned: OwnedBlock, shared: dict[str, Any]) -> None:
+    def _restore_block(
+        self, checkpoint: Checkpoint, owned: OwnedBlock, shared: dict[str, Any]
+    ) -> None:
         name = block_file(owned.index)
         weights, state = checkpoint.tensors(name), checkpoint.tensors(optimizer_file(name))
         own = {k.removeprefix("shared."): t for k, t in weights.items() if k.startswith("shared.")}
@@ -479,7 +513,9 @@ class Trainer:
             optimizer = self._build_optimizer(self.shared) if topology.is_coordinator else None
             return Coordinated(topology, self.shared, optimizer)
         optimizer = self._build_optimizer(self.shared) if self.blocks else None
-        return Averaged(topology, self.shared, optimizer, p.sync_every, p.outer_lr, p.outer_momentum)
+        return Averaged(
+            topology, self.shared, optimizer, p.sync_every, p.outer_lr, p.outer_momentum
+        )
 
     def _writers(self) -> set[int]:
         """Ranks that write a part of each checkpoint: the coordinator and the first replica of each block."""
@@ -506,15 +542,21 @@ class Trainer:
             factor = (progress + 1) / (t.warmup_steps + 1)
         elif t.schedule == "cosine":
             done = (progress - t.warmup_steps) / max(1, self.max_steps - t.warmup_steps)
-            factor = t.min_lr_ratio + (1 - t.min_lr_ratio) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+            factor = (
+                t.min_lr_ratio + (1 - t.min_lr_ratio) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+            )
         optimizers = [owned.optimizer for owned in self.blocks]
-        for optimizer in optimizers if self.sync.optimizer is None else [*optimizers, self.sync.optimizer]:
+        for optimizer in (
+            optimizers if self.sync.optimizer is None else [*optimizers, self.sync.optimizer]
+        ):
             for group in optimizer.param_groups:
                 group["lr"] = t.lr * factor
 
     def _autocast(self) -> AbstractContextManager[Any]:
         is_bf16 = self.config.train.precision == "bf16"
-        return torch.autocast(self.topology.device.type, torch.bfloat16) if is_bf16 else nullcontext()
+        return (
+            torch.autocast(self.topology.device.type, torch.bfloat16) if is_bf16 else nullcontext()
+        )
 
 
 @dataclass(frozen=True)
@@ -532,7 +574,9 @@ def describe_model(config: Config, dataset: ImageDataset) -> dict[str, Any]:
     sizes = asdict(build.architecture(config, dataset.spec))
     return {
         "mode": "end_to_end" if config.mode == "end_to_end" else "blocks",
-        "architecture": {k: v for k, v in sizes.items() if k not in ("dropout", "attention_dropout", "init")},
+        "architecture": {
+            k: v for k, v in sizes.items() if k not in ("dropout", "attention_dropout", "init")
+        },
         "layers_per_block": [len(layers) for layers in config.layers_of_block],
         "boundaries": schedule.boundaries.tolist() if schedule else None,
         "sigma_data": schedule.sigma_data if schedule else None,

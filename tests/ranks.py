@@ -32,7 +32,9 @@ class Rank:
         # Every collective is checked against its peers', but for DDP: torch 2.15 crashes in its set-up then.
         level = dist.DebugLevel.OFF if layout.num_replicas > 1 else dist.DebugLevel.DETAIL
         dist.set_debug_level(level)
-        return build_topology(layout, self.launch, "cpu", timeout_s, dist.PrefixStore("run", self.store))
+        return build_topology(
+            layout, self.launch, "cpu", timeout_s, dist.PrefixStore("run", self.store)
+        )
 
 
 class RankPool:

@@ -40,7 +40,10 @@ def test_logits_agree_with_the_published_code(published, golden, block):
 @pytest.mark.parametrize("num_steps", [3, 4, 6, 12])
 def test_sampler_agrees_with_the_published_code(published, golden, num_steps, cfg_scale):
     v, prefix = golden("a/vectors"), f"sample/cfg{cfg_scale}/K{num_steps}"
-    assert published_block_of_step(published.schedule, num_steps) == v[f"{prefix}/block_of_step"].tolist()
+    assert (
+        published_block_of_step(published.schedule, num_steps)
+        == v[f"{prefix}/block_of_step"].tolist()
+    )
     logits = published.sample(v["images"], v[f"{prefix}/z_init"], num_steps, cfg_scale)
     torch.testing.assert_close(logits, v[f"{prefix}/logits_final"], rtol=0, atol=1e-7)
 
@@ -51,7 +54,9 @@ def test_loss_and_gradients_agree_with_the_published_code(published, golden, blo
     objective = DenoisingLoss(published.denoiser(block), "none")
     draws = Draws(v[f"block{block}/sigma"], v[f"block{block}/noise"], None)
     loss = objective(v["images"], v["labels"], draws)
-    torch.testing.assert_close(loss.cross_entropy_N, v[f"block{block}/cross_entropy"], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        loss.cross_entropy_N, v[f"block{block}/cross_entropy"], rtol=1e-7, atol=1e-9
+    )
     loss.value.backward()
     prefix = f"block{block}/grad_mean_ce/"
     shared = published.shared
@@ -78,13 +83,19 @@ def test_loss_and_gradients_agree_with_the_published_code(published, golden, blo
         if expected is None:
             continue
         scale = expected.abs().max()
-        torch.testing.assert_close(own.reshape(expected.shape) / scale, expected / scale, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            own.reshape(expected.shape) / scale, expected / scale, rtol=0, atol=1e-6
+        )
         checked += 1
     assert checked >= 14
     others = [b for b in range(3) if b != block]
     assert all(p.grad is None for b in others for p in published.blocks[b].parameters())
-    published_loss = DenoisingLoss(published.denoiser(block), "published")(v["images"], v["labels"], draws)
-    torch.testing.assert_close(published_loss.value, v[f"block{block}/loss_published"], rtol=1e-7, atol=0)
+    published_loss = DenoisingLoss(published.denoiser(block), "published")(
+        v["images"], v["labels"], draws
+    )
+    torch.testing.assert_close(
+        published_loss.value, v[f"block{block}/loss_published"], rtol=1e-7, atol=0
+    )
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])
@@ -124,7 +135,9 @@ def test_every_stage_agrees_with_the_published_code(golden, block):
 @pytest.mark.parametrize("num_steps", [3, 4, 6])
 def test_sampler_agrees_stage_by_stage_set(golden, num_steps, cfg_scale, table):
     s = golden("stages/vectors")
-    prefix = f"f64.sample.n{num_steps}.cfg{cfg_scale}." + ("normemb." if table == "normalized" else "")
+    prefix = f"f64.sample.n{num_steps}.cfg{cfg_scale}." + (
+        "normemb." if table == "normalized" else ""
+    )
     if prefix + "final_logits" not in s:
         pytest.skip("not in the golden set")
     model = load_published_vit(GOLDEN / "stages/weights.safetensors").double()
@@ -151,7 +164,9 @@ def test_four_published_optimizer_steps_are_reproduced(golden):
         torch.testing.assert_close(norm, s["f64.opt.grad_norm"][i], rtol=1e-8, atol=0)
         shared.step()
         of_block[block].step()
-    after = {k.removeprefix("f64.opt.after."): v for k, v in s.items() if k.startswith("f64.opt.after.")}
+    after = {
+        k.removeprefix("f64.opt.after."): v for k, v in s.items() if k.startswith("f64.opt.after.")
+    }
     expected = load_published_vit(after, sizes_in(GOLDEN / "stages/weights.safetensors"))
     for (name, own), other in zip(model.named_parameters(), expected.parameters(), strict=True):
         if name.endswith("qkv.bias"):  # key biases have gradients of pure rounding noise
@@ -162,7 +177,9 @@ def test_four_published_optimizer_steps_are_reproduced(golden):
 
 def test_float32_weights_agree_to_float32_tolerance(published, golden):
     v = golden("a/vectors")
-    logits = published.float().denoise(0, v["images"].float(), v["block0/z"].float(), v["block0/sigma"].float())
+    logits = published.float().denoise(
+        0, v["images"].float(), v["block0/z"].float(), v["block0/sigma"].float()
+    )
     torch.testing.assert_close(logits.double(), v["block0/logits"], rtol=1e-4, atol=1e-4)
 
 
@@ -200,7 +217,11 @@ def test_a_truncated_file_is_refused_in_one_line(tmp_path, capfd, cut):
 def test_a_lightning_checkpoint_is_imported_and_predicts_as_the_published_sampler(tmp_path, golden):
     weights = {f"model.{k}": v.float() for k, v in golden("a/weights").items()}
     hyper = {"num_attention_heads": 4, "num_blocks": 3}
-    content = {"state_dict": weights | {"sigmas": torch.ones(3)}, "hyper_parameters": hyper, "epoch": 3}
+    content = {
+        "state_dict": weights | {"sigmas": torch.ones(3)},
+        "hyper_parameters": hyper,
+        "epoch": 3,
+    }
     torch.save(content, tmp_path / "last.ckpt")
     main(["import-published", str(tmp_path / "last.ckpt"), str(tmp_path / "out")])
     model = dbdist.load(tmp_path / "out")
@@ -217,7 +238,10 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "executed",))
 
-    for name, payload in (("a.ckpt", {"state_dict": {}, "hyper_parameters": Bomb()}), ("b.ckpt", Bomb())):
+    for name, payload in (
+        ("a.ckpt", {"state_dict": {}, "hyper_parameters": Bomb()}),
+        ("b.ckpt", Bomb()),
+    ):
         torch.save(payload, tmp_path / name)
         with pytest.raises(CheckpointError, match="nothing in it was executed"):
             load_published_vit(tmp_path / name)

@@ -28,7 +28,9 @@ def test_boundaries_grid_and_ranges_agree_with_the_published_code(golden):
     vectors = golden("a/vectors")
     for num_blocks in (1, 2, 3, 4, 6):
         expected = vectors[f"noise/boundaries/B{num_blocks}"]
-        torch.testing.assert_close(NoiseSchedule(num_blocks).boundaries, expected, rtol=1e-9, atol=0)
+        torch.testing.assert_close(
+            NoiseSchedule(num_blocks).boundaries, expected, rtol=1e-9, atol=0
+        )
     schedule = NoiseSchedule(3)
     for num_steps in (2, 3, 4, 6, 12):
         expected = vectors[f"noise/grid/K{num_steps}"]
@@ -93,7 +95,9 @@ def test_each_block_without_overlap_has_equal_probability():
 
 
 def test_far_tails_keep_their_precision():
-    schedule = NoiseSchedule(3, p_mean=0.0, p_std=1.0, sigma_min=math.exp(8.5), sigma_max=math.exp(9.5))
+    schedule = NoiseSchedule(
+        3, p_mean=0.0, p_std=1.0, sigma_min=math.exp(8.5), sigma_max=math.exp(9.5)
+    )
     upper = stats.norm.sf([9.5, 8.5])
     expected = np.exp(stats.norm.isf(upper[1] + (upper[0] - upper[1]) * np.arange(4) / 3))
     np.testing.assert_allclose(schedule.boundaries, expected, rtol=1e-9)
@@ -123,7 +127,9 @@ def test_every_block_takes_its_own_steps(num_blocks, partition):
             assert sorted(set(owners)) == list(range(num_blocks))
             assert owners == sorted(owners)
             for owner, sigma in zip(owners, schedule.grid(num_steps, start).tolist(), strict=True):
-                edges = schedule.boundaries.tolist()[num_blocks - 1 - owner : num_blocks - owner + 1]
+                edges = schedule.boundaries.tolist()[
+                    num_blocks - 1 - owner : num_blocks - owner + 1
+                ]
                 assert edges[0] * (1 - 1e-7) <= sigma <= edges[1] * (1 + 1e-7)
 
 

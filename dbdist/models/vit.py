@@ -83,7 +83,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
-        q_NHTK, k_NHTK, v_NHTK = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q_NHTK, k_NHTK, v_NHTK = (
+            self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )
         dropout = self.dropout if self.training else 0.0
         y_NHTK = F.scaled_dot_product_attention(q_NHTK, k_NHTK, v_NHTK, dropout_p=dropout)
         return self.out(y_NHTK.transpose(1, 2).flatten(2))

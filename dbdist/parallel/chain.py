@@ -50,7 +50,9 @@ class Chain:
         for i in range(len(sizes)):
             while self._previous is not None and next_to_ask < min(i + IN_FLIGHT, len(sizes)):
                 buffer = torch.empty(sizes[next_to_ask], *state_shape, dtype=dtype, device=wire)
-                asked.append((buffer, _started(dist.irecv(buffer, src=self._previous, group=group))))
+                asked.append(
+                    (buffer, _started(dist.irecv(buffer, src=self._previous, group=group)))
+                )
                 next_to_ask += 1
             if self._previous is None:
                 states = first(i)
@@ -64,8 +66,12 @@ class Chain:
                 if len(under_way) == IN_FLIGHT:
                     under_way.popleft()[1].wait()
                 buffer = states.to(wire, dtype).contiguous()
-                assert buffer.shape == (sizes[i], *state_shape), f"{tuple(buffer.shape)} for {sizes[i]} rows"
-                under_way.append((buffer, _started(dist.isend(buffer, dst=self._next, group=group))))
+                assert buffer.shape == (sizes[i], *state_shape), (
+                    f"{tuple(buffer.shape)} for {sizes[i]} rows"
+                )
+                under_way.append(
+                    (buffer, _started(dist.isend(buffer, dst=self._next, group=group)))
+                )
                 meter.sent["chain"] += buffer.nbytes
         for _, sending in under_way:
             sending.wait()

@@ -47,7 +47,9 @@ class _Star:
         self.wait_s = 0.0
         self._rows: list[Tensor] = []
         if topology.is_coordinator:
-            self._rows = [torch.empty_like(self.buffer.data) for _ in range(topology.layout.num_blocks)]
+            self._rows = [
+                torch.empty_like(self.buffer.data) for _ in range(topology.layout.num_blocks)
+            ]
         self._pending: list[dist.Work] = []
 
     def send_up(self) -> None:
@@ -78,7 +80,11 @@ class _Star:
         self._wait()
         self._start(dist.broadcast(self.buffer.data, src=0, async_op=True))
         self._wait()
-        way = self.topology.meter.sent if self.topology.is_coordinator else self.topology.meter.received
+        way = (
+            self.topology.meter.sent
+            if self.topology.is_coordinator
+            else self.topology.meter.received
+        )
         receivers = self.topology.world_size - 1 if self.topology.is_coordinator else 1
         way["shared"] += self.buffer.num_bytes * receivers
 
@@ -159,7 +165,10 @@ class Averaged:
                 for tensor in self.anchor.values():
                     tensor.requires_grad_()
                 self.outer = torch.optim.SGD(
-                    self.anchor.values(), lr=outer_lr, momentum=outer_momentum, nesterov=outer_momentum > 0
+                    self.anchor.values(),
+                    lr=outer_lr,
+                    momentum=outer_momentum,
+                    nesterov=outer_momentum > 0,
                 )
 
     @property

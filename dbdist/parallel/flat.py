@@ -49,7 +49,9 @@ class FlatBuffer:
 
     def check_equal_on_all_ranks(self, topology: Topology, what: str) -> None:
         """Raises TopologyError, naming rank and tensor, unless all ranks have this layout. Collective."""
-        digest = hashlib.sha256(json.dumps([[n, list(s), str(d)] for n, s, d in self.layout]).encode())
+        digest = hashlib.sha256(
+            json.dumps([[n, list(s), str(d)] for n, s, d in self.layout]).encode()
+        )
         digests = topology.gather(digest.hexdigest())
         if len(set(digests)) == 1:
             return
@@ -58,7 +60,8 @@ class FlatBuffer:
             if layout != layouts[0]:
                 assert isinstance(layout, list) and isinstance(layouts[0], list)
                 name = next(
-                    (a[0] for a, b in zip(layout, layouts[0], strict=False) if a != b), "the number of tensors"
+                    (a[0] for a, b in zip(layout, layouts[0], strict=False) if a != b),
+                    "the number of tensors",
                 )
                 raise TopologyError(
                     f"{what}: rank {rank} differs from rank 0 in {name}; "

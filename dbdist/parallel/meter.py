@@ -14,4 +14,6 @@ class Meter:
 
     def training_bytes(self) -> int:
         """Bytes in both directions that training itself caused."""
-        return sum(way[kind] for way in (self.sent, self.received) for kind in ("shared", "replica"))
+        return sum(
+            way[kind] for way in (self.sent, self.received) for kind in ("shared", "replica")
+        )

@@ -194,7 +194,10 @@ class Topology:
         failures = {rank: failure for rank, failure in enumerate(told) if failure is not None}
         if failures:
             rank, (kind, message) = next(iter(failures.items()))
-            same = len(failures) == self.world_size and len({text for _, text in failures.values()}) == 1
+            same = (
+                len(failures) == self.world_size
+                and len({text for _, text in failures.values()}) == 1
+            )
             raise kind(message if same else f"rank {rank}, {what}: {message}")
 
     def gather(self, value: object) -> list[object]:
@@ -210,7 +213,9 @@ class Topology:
             dist.destroy_process_group()
 
 
-def choose_device(wanted: Literal["auto", "cpu", "cuda"], launch: Launch) -> tuple[torch.device, bool]:
+def choose_device(
+    wanted: Literal["auto", "cpu", "cuda"], launch: Launch
+) -> tuple[torch.device, bool]:
     """This rank's device, and whether NCCL can connect it: only if every local rank has a GPU of its own.
     Raises ConfigError for cuda without a GPU."""
     has_gpu = torch.cuda.is_available()

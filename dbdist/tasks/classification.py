@@ -72,7 +72,9 @@ class DenoisingLoss(nn.Module):
     """The training objective of one block: images and labels to a loss. One module, so that data-parallel
     engines can wrap it; gradients flow into the label table through target and state alike."""
 
-    def __init__(self, denoiser: Denoiser, weighting: Literal["none", "per_sample", "published"]) -> None:
+    def __init__(
+        self, denoiser: Denoiser, weighting: Literal["none", "per_sample", "published"]
+    ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.weighting = weighting

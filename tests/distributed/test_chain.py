@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ranks import config_of
 
 from dbdist import build
 from dbdist.build import build_sampler
@@ -9,8 +10,6 @@ from dbdist.data import load_dataset
 from dbdist.denoiser import Denoiser
 from dbdist.evaluation import chain_answers, evaluate, process_answers
 from dbdist.parallel.topology import Layout, Topology
-from dbdist.tasks.classification import ClassReadout
-from ranks import config_of
 
 SAMPLES = 50  # not a multiple of the batch or of the micro-batch: the last ones are partial
 
@@ -119,7 +118,9 @@ def test_the_chain_equals_the_single_process_sampler(ranks, float64):
         for block in range(3):
             own, own_final, own_labels = by_rank[block][case]
             assert own_labels.tolist() == labels.tolist()
-            torch.testing.assert_close(own, after[block], rtol=0, atol=1e-10, msg=lambda m, o=options: f"{o}: {m}")
+            torch.testing.assert_close(
+                own, after[block], rtol=0, atol=1e-10, msg=lambda m, o=options: f"{o}: {m}"
+            )
             if block == 2:
                 torch.testing.assert_close(own_final, final, rtol=0, atol=1e-10)
 
@@ -156,7 +157,9 @@ def scores_of_rank(rank, layout, options):
 
 
 @pytest.mark.parametrize("layout", [Layout(3), Layout(3, 1, "dedicated"), Layout(2, 2)])
-def test_accuracy_does_not_depend_on_the_topology_and_counts_the_last_partial_batch(ranks, float64, layout):
+def test_accuracy_does_not_depend_on_the_topology_and_counts_the_last_partial_batch(
+    ranks, float64, layout
+):
     options = [f"model.num_blocks={layout.num_blocks}", "model.num_layers=6", "eval.batch_size=16",
                "eval.micro_batch_size=7", "sampler.start=noise"]  # fmt: skip
     expected = scores_of_process(options)
@@ -172,4 +175,6 @@ def test_accuracy_does_not_depend_on_the_topology_and_counts_the_last_partial_ba
 def scores_of_process(options):
     config = config_of(*options)
     data = test_set(config)
-    return evaluate(config, Topology(Layout(1)), data, lambda b: build_denoiser(config, data.spec, b), 7)
+    return evaluate(
+        config, Topology(Layout(1)), data, lambda b: build_denoiser(config, data.spec, b), 7
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import config_of
 from safetensors.torch import load_file
 
 import dbdist
@@ -16,7 +17,6 @@ from dbdist.evaluate import evaluate_run, layout_for_evaluation
 from dbdist.export import export
 from dbdist.train import train
 from dbdist.trainer import layout_of
-from ranks import config_of
 
 
 def train_run(rank, options):
@@ -41,7 +41,9 @@ def assert_same_files(a, b):
 
 def lines_of(run_dir):
     """metrics.jsonl without what a clock or a memory meter says."""
-    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
     timed = ("time_s", "perf/", "memory/")
     return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
 
@@ -55,9 +57,19 @@ def run_options(run_dir, steps, *more):
     [
         ("parallel.sync=step", "train.ema_decay=0.9"),
         ("parallel.sync=every", "parallel.sync_every=8"),
-        ("parallel.sync=every", "parallel.sync_every=5", "parallel.outer_lr=0.7", "parallel.outer_momentum=0.9"),
+        (
+            "parallel.sync=every",
+            "parallel.sync_every=5",
+            "parallel.outer_lr=0.7",
+            "parallel.outer_momentum=0.9",
+        ),
         ("parallel.sync=never", "train.ema_decay=0.9"),
-        ("model.dropout=0.2", "task.condition_dropout=0.1", "train.accumulation_steps=2", "train.warmup_steps=15"),
+        (
+            "model.dropout=0.2",
+            "task.condition_dropout=0.1",
+            "train.accumulation_steps=2",
+            "train.warmup_steps=15",
+        ),
     ],
 )
 def test_twenty_steps_equal_ten_and_resume_and_ten_bit_for_bit(ranks, tmp_path, more):
@@ -68,7 +80,9 @@ def test_twenty_steps_equal_ten_and_resume_and_ten_bit_for_bit(ranks, tmp_path, 
     straight = [x for x in lines_of(tmp_path / "straight") if x["step"] in (15, 20)]
     resumed = [x for x in lines_of(tmp_path / "parts") if x["step"] in (15, 20)]
     for a, b in zip(straight, resumed, strict=True):
-        assert {k: v for k, v in a.items() if "bytes" not in k} == {k: v for k, v in b.items() if "bytes" not in k}
+        assert {k: v for k, v in a.items() if "bytes" not in k} == {
+            k: v for k, v in b.items() if "bytes" not in k
+        }
     steps = [line["step"] for line in lines_of(tmp_path / "parts")]
     assert steps == sorted(set(steps)), "no step appears twice"
 
@@ -87,7 +101,9 @@ def test_a_checkpoint_is_continued_by_another_topology(ranks, tmp_path):
     more = ("model.num_blocks=2", "model.num_layers=2")
     ranks.run(2, train_run, run_options(tmp_path / "straight", 9, *more))
     ranks.run(2, train_run, run_options(tmp_path / "parts", 3, *more))
-    ranks.run(3, train_run, run_options(tmp_path / "parts", 6, *more, "parallel.coordinator=dedicated"))
+    ranks.run(
+        3, train_run, run_options(tmp_path / "parts", 6, *more, "parallel.coordinator=dedicated")
+    )
     assert_same_files(
         files_of(tmp_path / "parts", 6),
         _train_to(ranks, tmp_path / "six", 6, more),
@@ -109,19 +125,29 @@ def test_the_files_of_a_run_are_the_documented_ones(ranks, tmp_path):
     ranks.run(3, train_run, run_options(tmp_path, 10, *more))
     top = {p.name for p in tmp_path.iterdir()}
     assert top == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "evaluation.json"}
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000008", "step-00000010"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000008",
+        "step-00000010",
+    ]
     checkpoint = find_checkpoint(tmp_path)
     assert checkpoint is not None
     assert checkpoint.step == 10
     blocks = [f"block-{b}{kind}.safetensors" for b in range(3) for kind in ("", ".optimizer")]
-    assert set(checkpoint.manifest["files"]) == {"shared.safetensors", "shared.optimizer.safetensors", *blocks}
+    assert set(checkpoint.manifest["files"]) == {
+        "shared.safetensors",
+        "shared.optimizer.safetensors",
+        *blocks,
+    }
     names = load_file(checkpoint.path / "block-1.safetensors").keys()
     assert {n.split(".")[1] for n in names} == {"1"}, "a block's file holds its own layers"
     lines = lines_of(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 4, 5, 6, 8, 10]
-    assert {"train/loss/block0", "train/cross_entropy/block2", "val/accuracy", "comm/bytes_per_step/rank0"} <= set(
-        lines[-1]
-    )
+    assert {
+        "train/loss/block0",
+        "train/cross_entropy/block2",
+        "val/accuracy",
+        "comm/bytes_per_step/rank0",
+    } <= set(lines[-1])
     assert "val/accuracy_after_block/2" in lines[3]
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
     assert evaluation["num_samples"] == 360
@@ -148,11 +174,16 @@ def test_evaluation_and_export_agree_for_any_number_of_processes(ranks, tmp_path
     export(config, tmp_path / "out")
     data = load_dataset(config.data, "test")
     images, labels = data.__getitems__(list(range(len(data))))
-    pixels = images * torch.tensor(data.spec.std)[:, None, None] + torch.tensor(data.spec.mean)[:, None, None]
+    pixels = (
+        images * torch.tensor(data.spec.std)[:, None, None]
+        + torch.tensor(data.spec.mean)[:, None, None]
+    )
     model = dbdist.load(tmp_path / "out")
     predicted = model.predict(pixels.clamp(0, 1))
     assert (predicted == labels).double().mean().item() == pytest.approx(trained.accuracy)
-    has_private = any(k.startswith("block-2.shared.") for k in load_file(tmp_path / "out/model.safetensors"))
+    has_private = any(
+        k.startswith("block-2.shared.") for k in load_file(tmp_path / "out/model.safetensors")
+    )
     assert has_private == (sync == "never")
 
 
@@ -169,7 +200,9 @@ def failure_of_rank(rank, options):
 def test_wrong_run_directories_and_damaged_checkpoints_are_refused_on_every_rank(ranks, tmp_path):
     run = tmp_path / "run"
     ranks.run(3, train_run, run_options(run, 4))
-    before = {p: p.read_bytes() for p in run.rglob("*.safetensors")} | {run: (run / "config.yaml").read_bytes()}
+    before = {p: p.read_bytes() for p in run.rglob("*.safetensors")} | {
+        run: (run / "config.yaml").read_bytes()
+    }
 
     def failures(*more, steps=6):
         told = ranks.run(3, failure_of_rank, run_options(run, steps, *more))

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import config_of
 
 from dbdist import build, seeds
 from dbdist.data import BatchStream, load_dataset
 from dbdist.noise import NoiseSchedule
 from dbdist.trainer import Trainer, layout_of
-from ranks import config_of
 
 STEPS = 5
 
@@ -37,14 +37,22 @@ def tensors(weights):
 def assert_equal(own, expected, atol):
     assert own.keys() == expected.keys()
     for name in own:
-        torch.testing.assert_close(own[name], expected[name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            own[name], expected[name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 class HandAdamW:
     """AdamW written out (decoupled weight decay, Kingma & Ba with bias correction)."""
 
     def __init__(self, parameters, lr, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8):
-        self.parameters, self.lr, self.weight_decay, self.betas, self.eps = parameters, lr, weight_decay, betas, eps
+        self.parameters, self.lr, self.weight_decay, self.betas, self.eps = (
+            parameters,
+            lr,
+            weight_decay,
+            betas,
+            eps,
+        )
         self.m = [torch.zeros_like(p) for p in parameters]
         self.v = [torch.zeros_like(p) for p in parameters]
         self.t = 0
@@ -93,7 +101,9 @@ def single_process(options, sync):
             own = shared[b % copies]
             indices = streams[b].indices_of_step(step)
             images, labels = train_set.__getitems__(indices)
-            sigma = schedule.sample_sigma(b, batch_size, seeds.generator(config.seed, "sigma", b, step))
+            sigma = schedule.sample_sigma(
+                b, batch_size, seeds.generator(config.seed, "sigma", b, step)
+            )
             generator = seeds.generator(config.seed, "noise", b, step)
             noise = torch.randn(batch_size, config.model.hidden_size, generator=generator)
             loss = loss_of(own, blocks[b], schedule, images.double(), labels, sigma, noise)
@@ -123,12 +133,23 @@ def single_process(options, sync):
 
 
 def options_for(run_dir, sync, *more):
-    return [f"run_dir={run_dir}", f"train.max_steps={STEPS}", f"parallel.sync={sync}", "data.name=digits", *more]
+    return [
+        f"run_dir={run_dir}",
+        f"train.max_steps={STEPS}",
+        f"parallel.sync={sync}",
+        "data.name=digits",
+        *more,
+    ]
 
 
 @pytest.mark.parametrize(
     ("sync", "more"),
-    [("step", ()), ("every", ("parallel.sync_every=1",)), ("every", ("parallel.sync_every=2",)), ("never", ())],
+    [
+        ("step", ()),
+        ("every", ("parallel.sync_every=1",)),
+        ("every", ("parallel.sync_every=2",)),
+        ("never", ()),
+    ],
 )
 def test_three_ranks_equal_the_single_process_computation(ranks, tmp_path, float64, sync, more):
     options = options_for(tmp_path, sync, *more)
@@ -185,7 +206,9 @@ def test_never_equals_separate_runs_bit_for_bit_and_moves_no_byte(ranks, tmp_pat
 
 def test_only_shared_modules_cross_the_wire_while_training(ranks, tmp_path):
     results = ranks.run(3, train_rank, options_for(tmp_path, "step"))
-    shared_bytes = 8 * sum(len(torch.tensor(v).flatten()) for k, v in results[0][0].items() if k[:6] == "shared")
+    shared_bytes = 8 * sum(
+        len(torch.tensor(v).flatten()) for k, v in results[0][0].items() if k[:6] == "shared"
+    )
     for rank, (_, received, _) in enumerate(results):
         senders = 2 if rank == 0 else 1
         assert received["shared"] == senders * STEPS * shared_bytes
@@ -206,7 +229,9 @@ def test_replicas_equal_one_process_per_block_with_the_joined_batch(ranks, tmp_p
 
 def test_gradient_accumulation_equals_the_whole_batch(ranks, tmp_path):
     whole = ranks.run(3, train_rank, options_for(tmp_path / "1", "step"))
-    parts = ranks.run(3, train_rank, options_for(tmp_path / "2", "step", "train.accumulation_steps=4"))
+    parts = ranks.run(
+        3, train_rank, options_for(tmp_path / "2", "step", "train.accumulation_steps=4")
+    )
     for (own, _, _), (expected, _, _) in zip(parts, whole, strict=True):
         assert_equal(tensors(own), tensors(expected), atol=1e-10)
 

@@ -1,0 +1,150 @@
+"""Where the time of one training step goes: `python -m dbdist.bench.step --config configs/cifar100.yaml`.
+
+One process trains one block (`--block`, alone: nothing is sent) with the configuration's own loader, and
+the profiler sums up the step's phases. Without the dataset's files, random images in CIFAR's on-disk format
+take their place. Prints a table and one line of JSON.
+"""
+
+import argparse
+import dataclasses
+import json
+import pickle
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dbdist.cli import guarded, parse_config
+from dbdist.config import Config
+from dbdist.data import load_dataset
+from dbdist.errors import DataError
+from dbdist.monitor import peak_memory_mb
+from dbdist.parallel.topology import Launch, Layout, Topology, choose_device
+from dbdist.trainer import Trainer
+
+COMPUTE = ("forward", "backward", "optimizer")
+PHASES = ("load", "noise", *COMPUTE, "sync")
+
+
+def main(argv: list[str] | None = None) -> None:
+    guarded("dbdist.bench.step", lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="dbdist.bench.step", description=__doc__)
+    parser.add_argument("--block", type=int, default=1, help="the block to train (default: 1)")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps (default: 10)")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before (default: 2)")
+    given, rest = parser.parse_known_args(argv)
+    config = parse_config("dbdist.bench.step", "", rest).validate()
+    with tempfile.TemporaryDirectory() as folder:
+        config = dataclasses.replace(config, run_dir=f"{folder}/run")
+        try:
+            load_dataset(config.data, "train")
+            images = "the dataset's"
+        except DataError:
+            if config.data.name != "cifar100":
+                raise
+            write_random_cifar100(Path(folder), num_train=2048)
+            data = dataclasses.replace(config.data, root=folder)
+            config = dataclasses.replace(config, data=data)
+            images = "random, in CIFAR-100's format"
+        result = measure(config, given.block, given.warmup, given.steps)
+    for phase in PHASES:
+        share = result["share"][phase]
+        print(f"{phase:<10}{result['ms'][phase]:>10.2f} ms {share:>7.1%}")
+    print(f"{'step':<10}{result['step_ms']:>10.2f} ms, of which compute {result['compute_share']:.1%}")
+    print(json.dumps({"config": config.data.name, "images": images, **result}))
+
+
+def measure(config: Config, block: int, warmup: int, steps: int) -> dict[str, Any]:
+    """Medians over steps of each phase's milliseconds and share of the step."""
+    trainer = _Alone(config, block)
+    for step in range(warmup):
+        trainer.one_step(step)
+    walls: list[float] = []
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for step in range(warmup, warmup + steps):
+            start = time.perf_counter()
+            trainer.one_step(step)
+            walls.append(1e3 * (time.perf_counter() - start))
+    peak = peak_memory_mb(trainer.topology.device)
+    trainer.close()
+    totals = dict.fromkeys(PHASES, 0.0)
+    for event in profiler.key_averages():
+        name = event.key.removeprefix("dbdist::")
+        if event.key.startswith("dbdist::"):
+            totals[name] += event.cpu_time_total / 1e3 / steps
+    wall = statistics.fmean(walls)
+    return {
+        "mode": config.mode,
+        "block": block,
+        "batch_size": config.train.batch_size,
+        "step_ms": wall,
+        "ms": totals,
+        "share": {phase: ms / wall for phase, ms in totals.items()},
+        "compute_share": sum(totals[phase] for phase in COMPUTE) / wall,
+        "samples_per_s": config.train.batch_size / wall * 1e3,
+        "peak_mb": peak,
+        "num_workers": config.data.num_workers,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "torch": torch.__version__,
+    }
+
+
+class _Alone(Trainer):
+    """The trainer of one block, in a world of its own."""
+
+    def __init__(self, config: Config, block: int) -> None:
+        self._only = block
+        if config.mode == "block_parallel":
+            parallel = dataclasses.replace(config.parallel, sync="never")
+            config = dataclasses.replace(config, parallel=parallel)
+        device, _ = choose_device(config.device, Launch(0, 1, 0, 1))
+        train_set = load_dataset(config.data, "train")
+        super().__init__(config, Topology(Layout(1), device=device), train_set, train_set)
+        self._set_training(True)
+
+    def one_step(self, step: int) -> None:
+        self._train_step(self.blocks[0], step)
+        if self.topology.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def close(self) -> None:
+        self.blocks[0].batches.close()
+
+    def _owned_indices(self) -> list[int]:
+        return [0] if self.config.mode == "end_to_end" else [self._only]
+
+
+def write_random_cifar100(root: Path, num_train: int, num_test: int = 64) -> None:
+    """ROOT/cifar-100-python with random images, in the true on-disk format."""
+    folder = root / "cifar-100-python"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name, count in (("train", num_train), ("test", num_test)):
+        content = {
+            "data": random.integers(0, 256, (count, 3072), dtype=np.uint8),
+            "fine_labels": random.integers(0, 100, count).tolist(),
+            "coarse_labels": random.integers(0, 20, count).tolist(),
+            "filenames": [f"{i}.png" for i in range(count)],
+            "batch_label": name,
+        }
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    meta = {
+        "fine_label_names": [f"class {i}" for i in range(100)],
+        "coarse_label_names": [f"group {i}" for i in range(20)],
+    }
+    (folder / "meta").write_bytes(pickle.dumps(meta, protocol=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""A rank never holds another block: every tensor that lives at any moment of set-up and training is counted."""
+
+import weakref
+
+import torch
+from ranks import config_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dbdist import build
+from dbdist.checkpoint import find_checkpoint
+from dbdist.data import load_dataset
+from dbdist.evaluation import evaluate
+from dbdist.parallel.topology import Layout, Topology
+from dbdist.restore import load_block
+from dbdist.trainer import Trainer, layout_of
+
+# Blocks of different sizes, each of several layers, so that a foreign one would show.
+LAYERS = [2, 4, 6]
+OPTIONS = (
+    "model.num_layers=12",
+    f"model.layers_per_block={LAYERS}",
+    "model.hidden_size=96",
+    "model.num_heads=4",
+    "train.max_steps=1",
+)
+LAYER_BYTES = 4 * 12 * 96 * 96
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all real (not meta) storages made by torch operators that are alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor) and value.device.type != "meta":
+                self._count(value.untyped_storage())
+        return result
+
+    def _count(self, storage):
+        key = storage._cdata
+        if key in self._known or storage.nbytes() == 0:
+            return
+        self._known.add(key)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key, size):
+        self._known.discard(key)
+        self.live -= size
+
+
+def peaks_of_rank(rank, options):
+    config = config_of(*options)
+    topology = rank.join(layout_of(config, rank.launch.world_size))
+    data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
+    with LiveBytes() as setup:
+        trainer = Trainer(config, topology, *data)
+    parameters = sum(p.numel() for o in trainer.blocks for p in o.module.parameters())
+    trainer.fit(None)
+    names = sorted(
+        {n.split(".")[1] for o in trainer.blocks for n, _ in o.module.named_parameters()}
+    )
+    return setup.peak, parameters, names
+
+
+def test_setting_up_a_rank_never_allocates_more_than_its_own_block(ranks, tmp_path):
+    results = ranks.run(3, peaks_of_rank, [f"run_dir={tmp_path}", *OPTIONS])
+    first = 0
+    for num_layers, (peak, parameters, names) in zip(LAYERS, results, strict=True):
+        assert names == sorted(str(i) for i in range(first, first + num_layers))
+        first += num_layers
+        assert LAYER_BYTES * num_layers < 4 * parameters < 1.2 * LAYER_BYTES * num_layers
+        # Its own weights, the shared modules and the one tensor being drawn: less than any other block more.
+        assert 4 * parameters <= peak < 4 * parameters + 1.9 * LAYER_BYTES
+    options = [f"run_dir={tmp_path}/d", "parallel.coordinator=dedicated", *OPTIONS]
+    peak, parameters, names = ranks.run(4, peaks_of_rank, options)[0]
+    assert (parameters, names) == (0, [])
+    assert peak < LAYER_BYTES, "a dedicated coordinator holds no block at all"
+
+
+def test_one_process_evaluates_with_one_block_resident(ranks, tmp_path):
+    options = [f"run_dir={tmp_path}", *OPTIONS]
+    ranks.run(3, peaks_of_rank, options)
+    config = config_of(*options)
+    data, checkpoint = load_dataset(config.data, "test"), find_checkpoint(tmp_path)
+    assert checkpoint is not None
+    sizes = build.architecture(config, data.spec)
+    models = []
+    resident = []
+
+    def load(block):
+        model = load_block(config, sizes, checkpoint, block, torch.device("cpu"))
+        models.append(weakref.ref(model))
+        resident.append(sum(reference() is not None for reference in models))
+        return model
+
+    evaluate(config, Topology(Layout(1)), data, load, 1)
+    assert resident == [1, 1, 1], "the block before is gone when the next one is loaded"

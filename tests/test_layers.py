@@ -1,0 +1,126 @@
+"""Dependencies point downwards: what each module imports, lazy imports inside functions included."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import dbdist
+
+ROOT = Path(dbdist.__file__).parent
+SOURCES = {
+    ".".join(["dbdist", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(
+        ".__init__"
+    ): path
+    for path in ROOT.rglob("*.py")
+}
+PURE = (
+    "noise",
+    "seeds",
+    "errors",
+    "config",
+    "denoiser",
+    "models",
+    "sampler",
+    "tasks",
+    "data",
+    "ema",
+)
+ENTRY_POINTS = tuple(
+    f"dbdist.{name}" for name in ("train", "evaluate", "export", "import_published", "cli")
+)
+
+
+def is_under(name, *packages):
+    return any(name == p or name.startswith(f"{p}.") for p in packages)
+
+
+@cache
+def imports_of(name):
+    """Every module that a module of dbdist names in an import statement, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(SOURCES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            assert node.module is not None
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def reached_from(name):
+    """All modules of dbdist that importing this one, or running its functions, can load."""
+    seen, todo = set(), [name]
+    while todo:
+        current = todo.pop()
+        if current in SOURCES and current not in seen:
+            seen.add(current)
+            is_dispatcher = (
+                current == "dbdist.cli"
+            )  # `dbdist COMMAND` loads the command it is given
+            todo += [
+                i for i in imports_of(current) if not (is_dispatcher and is_under(i, *ENTRY_POINTS))
+            ]
+    return seen
+
+
+def modules(*packages):
+    return sorted(m for m in SOURCES if is_under(m, *(f"dbdist.{p}" for p in packages)))
+
+
+@pytest.mark.parametrize("name", [*modules(*PURE), "dbdist.inference"])
+def test_mathematics_knows_nothing_of_processes(name):
+    for module in reached_from(name):
+        assert not is_under(module, "dbdist.parallel"), f"{name} reaches {module}"
+        assert not any(is_under(i, "torch.distributed") for i in imports_of(module)), module
+
+
+@pytest.mark.parametrize("name", modules("parallel"))
+def test_parallel_knows_nothing_of_tasks_models_and_data(name):
+    above = ("tasks", "trainer", "models", "data", "denoiser", "evaluation", "checkpoint", "build")
+    for module in reached_from(name):
+        assert not is_under(module, *(f"dbdist.{a}" for a in above)), f"{name} reaches {module}"
+
+
+@pytest.mark.parametrize("name", sorted(set(SOURCES) - set(ENTRY_POINTS)))
+def test_nothing_below_imports_an_entry_point(name):
+    allowed = ("dbdist.cli",) if name == "dbdist.run_dir" else ()
+    entries = [e for e in ENTRY_POINTS if e not in allowed]
+    assert not [i for i in imports_of(name) if is_under(i, *entries)]
+
+
+@pytest.mark.parametrize("name", modules("noise", "seeds", "errors", "config", "models", "sampler"))
+def test_the_lowest_layers_do_not_import_what_stands_on_them(name):
+    above = (
+        "denoiser",
+        "tasks",
+        "data",
+        "trainer",
+        "evaluation",
+        "checkpoint",
+        "inference",
+        "compat",
+    )
+    assert not [i for i in imports_of(name) if is_under(i, *(f"dbdist.{a}" for a in above))]
+
+
+def test_only_topology_reads_the_environment():
+    for name, path in SOURCES.items():
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                names.add(f"{node.value.id}.{node.attr}")
+            elif isinstance(node, ast.ImportFrom):
+                names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        reads = names & {"os.environ", "os.getenv", "os.environb"}
+        assert not reads or name == "dbdist.parallel.topology", f"{name}: {reads}"
+        ranks = {"dist.get_rank", "dist.get_world_size", "torch.distributed.get_rank"}
+        assert not names & ranks, f"{name}: {names & ranks}"
+
+
+def test_no_import_cycles():
+    lower = {name: reached_from(name) - {name, "dbdist"} for name in SOURCES if name != "dbdist"}
+    cycles = {tuple(sorted((a, b))) for a, below in lower.items() for b in below if a in lower[b]}
+    assert not cycles
