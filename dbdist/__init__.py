@@ -1,4 +1,5 @@
-"""dbdist: block-parallel training of residual transformers as DiffusionBlocks (arXiv 2506.14202)."""
+"""dbdist: block-parallel training of residual transformers as DiffusionBlocks (arXiv
+2506.14202)."""
 
 __version__ = "0.1.0"
 

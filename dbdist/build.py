@@ -15,7 +15,8 @@ from dbdist.tasks.classification import DenoisingLoss, EndToEndLoss
 
 
 def architecture(config: Config, spec: DatasetSpec) -> vit.ViTConfig:
-    """Sizes of the model for this dataset. Raises ConfigError when patches do not tile the images."""
+    """Sizes of the model for this dataset. Raises ConfigError when patches do not tile the
+    images."""
     m = config.model
     return vit.ViTConfig(
         image_size=spec.image_size,

@@ -1,9 +1,9 @@
 """RUN/checkpoints: one folder a step, one safetensors file a block, the manifest last.
 
-Files are named by block, never by rank, and tensors by parameter, so any topology may read what any other
-wrote. Every rank writes its own files and tells the coordinator (through the mailbox: nobody waits), which
-writes the manifest, with sizes and SHA-256, when all have arrived. A folder without a manifest is no
-checkpoint. Nothing that is read can execute code.
+Files are named by block, never by rank, and tensors by parameter, so any topology may read what any
+other wrote. Every rank writes its own files and tells the coordinator (through the mailbox: nobody
+waits), which writes the manifest, with sizes and SHA-256, when all have arrived. A folder without a
+manifest is no checkpoint. Nothing that is read can execute code.
 """
 
 import hashlib
@@ -80,18 +80,21 @@ class Checkpoint:
             raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
         if not intact:
             raise CheckpointError(
-                f"{path} is damaged: {size} bytes, {stated['bytes']} were written, or another content; "
+                f"{path} is damaged: {size} bytes, {stated['bytes']} were written, or another "
+                "content; "
                 "remove this checkpoint's folder to fall back on an older one"
             )
         return load_weights(path)
 
     def check_fits(self, description: Mapping[str, Any]) -> None:
-        """Raises CheckpointError, naming the first difference, unless it is of this model and partition."""
+        """Raises CheckpointError, naming the first difference, unless it is of this model and
+        partition."""
         for key, value in description.items():
             stored = self.manifest["model"].get(key)
             if stored != value:
                 raise CheckpointError(
-                    f"{self.path} holds a model with {key} {stored}, the configuration says {value}; "
+                    f"{self.path} holds a model with {key} {stored}, the configuration says "
+                    f"{value}; "
                     "use its own configuration or another run_dir"
                 )
 
@@ -130,7 +133,8 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint | None
 
 
 class CheckpointWriter:
-    """Writes this rank's part of each checkpoint; on the coordinator also completes and retires them."""
+    """Writes this rank's part of each checkpoint; on the coordinator also completes and retires
+    them."""
 
     def __init__(
         self, run_dir: Path, topology: Topology, writers: set[int], keep_last: int
@@ -145,13 +149,15 @@ class CheckpointWriter:
         self._about: dict[int, dict[str, Any]] = {}
 
     def clean(self) -> None:
-        """Removes what an interrupted run left incomplete. On the coordinator, before anybody writes."""
+        """Removes what an interrupted run left incomplete. On the coordinator, before anybody
+        writes."""
         for path in _folders(self.folder):
             if not (path / "manifest.json").is_file():
                 shutil.rmtree(path)
 
     def save(self, step: int, files: Files, about: dict[str, Any]) -> None:
-        """Writes this rank's files of a step. about: the rest of the manifest, used on the coordinator."""
+        """Writes this rank's files of a step. about: the rest of the manifest, used on the
+        coordinator."""
         path = self.folder / f"step-{step:08d}"
         entries = {}
         try:
@@ -218,7 +224,8 @@ class CheckpointWriter:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], prefix: str = ""
 ) -> dict[str, Tensor]:
-    """An optimizer's state by parameter name: `NAME/exp_avg`, …. Parameters never stepped have none."""
+    """An optimizer's state by parameter name: `NAME/exp_avg`, …. Parameters never stepped have
+    none."""
     state = optimizer.state
     return {
         f"{prefix}{name}/{key}": torch.as_tensor(value)

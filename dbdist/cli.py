@@ -18,7 +18,8 @@ from dbdist.config import Config
 from dbdist.errors import ConfigError, UserError
 
 COMMANDS = {
-    "train": "train the blocks of a model, one per rank (torchrun), or a whole model in one process",
+    "train": "train the blocks of a model, one per rank (torchrun), or a whole model in one "
+    "process",
     "evaluate": "score a run's checkpoint on the test set, through the chain or in one process",
     "export": "write a run's model as one model.safetensors + config.json for dbdist.load",
     "import-published": "convert weights of the published ViT code to an exported model",
@@ -52,8 +53,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def fail(prog: str, message: object) -> NoReturn:
-    """One line on stderr and exit code 2; processes of one launcher wait for each other, so that it stops none
-    of them before its line."""
+    """One line on stderr and exit code 2; processes of one launcher wait for each other, so that it
+    stops none of them before its line."""
     from dbdist.parallel.topology import Launch
 
     text = " ".join(str(message).split())
@@ -86,9 +87,11 @@ def guarded(prog: str, run: Callable[[], None]) -> None:
 def parse_config(
     prog: str, description: str, argv: list[str], first: list[str] | None = None
 ) -> Config:
-    """The configuration of a command line: defaults, then `first` (e.g. a run's own config file), then argv.
+    """The configuration of a command line: defaults, then `first` (e.g. a run's own config file),
+    then argv.
 
-    Raises ConfigError for anything that is not a valid configuration; --help prints every key and exits.
+    Raises ConfigError for anything that is not a valid configuration; --help prints every key and
+    exits.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)

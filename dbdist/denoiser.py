@@ -1,7 +1,9 @@
-"""D(z), the denoiser of one block: EDM preconditioning around the shared modules and that block's layers.
+"""D(z), the denoiser of one block: EDM preconditioning around the shared modules and that block's
+layers.
 
-Takes the condition, a noisy state and its noise levels; gives the head's output. Knows nothing of tasks or
-processes. Coefficients are computed in the state's precision, outside autocast's half precision.
+Takes the condition, a noisy state and its noise levels; gives the head's output. Knows nothing of
+tasks or processes. Coefficients are computed in the state's precision, outside autocast's half
+precision.
 """
 
 from jaxtyping import Float
@@ -12,8 +14,8 @@ from dbdist.noise import NoiseSchedule
 
 
 class Denoiser(nn.Module):
-    """Shared modules and one block, as one module. Source: EDM (2206.00364) equation 7, with the head's
-    output in place of D, because the task turns logits into a denoised state."""
+    """Shared modules and one block, as one module. Source: EDM (2206.00364) equation 7, with the
+    head's output in place of D, because the task turns logits into a denoised state."""
 
     def __init__(self, shared: ViTShared, block: Block, schedule: NoiseSchedule) -> None:
         super().__init__()

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """average <- decay * average + (1 - decay) * weights after each step; starts at the initial weights."""
+    """average <- decay * average + (1 - decay) * weights after each step; starts at the initial
+    weights."""
 
     def __init__(self, decay: float, parameters: Mapping[str, nn.Parameter]) -> None:
         self.decay = decay
@@ -17,7 +18,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        parameters = list(self._parameters.values())
+        parameters: list[Tensor] = list(self._parameters.values())
         torch._foreach_lerp_(list(self.averages.values()), parameters, 1 - self.decay)
 
     @torch.no_grad()

@@ -2,7 +2,8 @@
 
 
 class UserError(Exception):
-    """Something outside the code is wrong: the message says what, what is allowed and what to do."""
+    """Something outside the code is wrong: the message says what, what is allowed and what to
+    do."""
 
 
 class ConfigError(UserError):

@@ -1,15 +1,27 @@
 """`torchrun … -m dbdist.evaluate --run_dir RUN`: the test set through the chain of blocks.
 
-As many processes as blocks (or a multiple: replicas share the images), or one plain process that holds one
-block at a time.
+As many processes as blocks (or a multiple: replicas share the images), or one plain process that
+holds one block at a time.
 """
 
 import dataclasses
 import sys
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+
+from dbdist import build
+from dbdist.checkpoint import find_checkpoint
 from dbdist.cli import guarded, parse_config
 from dbdist.config import Config
+from dbdist.data import load_dataset, prepare
+from dbdist.errors import CheckpointError, ConfigError, TopologyError
+from dbdist.evaluation import Evaluation, Model, evaluate
+from dbdist.parallel.topology import Launch, Layout, Topology, build_topology
+from dbdist.restore import load_block
+from dbdist.run_dir import read_config, write_evaluation
+from dbdist.trainer import describe_model
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -18,7 +30,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(argv: list[str]) -> None:
     config = config_of_run("dbdist evaluate", __doc__ or "", argv)
-    from dbdist.parallel.topology import Launch, build_topology
 
     launch = Launch.from_environment()
     layout = layout_for_evaluation(config, launch.world_size)
@@ -31,8 +42,6 @@ def run(argv: list[str]) -> None:
 
 def config_of_run(prog: str, description: str, argv: list[str]) -> Config:
     """RUN/config.yaml with the command line's changes. Raises ConfigError where there is no run."""
-    from dbdist.errors import ConfigError
-    from dbdist.run_dir import read_config
 
     run_dir = parse_config(prog, description, argv).run_dir
     if read_config(Path(run_dir)) is None:
@@ -44,37 +53,27 @@ def config_of_run(prog: str, description: str, argv: list[str]) -> Config:
     return dataclasses.replace(config, run_dir=run_dir).validate()
 
 
-def layout_for_evaluation(config: Config, world_size: int) -> "Layout":  # noqa: F821
+def layout_for_evaluation(config: Config, world_size: int) -> Layout:
     """One process holds everything; otherwise as many chains as fit. Raises TopologyError."""
-    from dbdist.errors import TopologyError
-    from dbdist.parallel.topology import Layout
 
     if config.mode == "end_to_end" or world_size == 1:
         return Layout(1, world_size)
-    coordinator = config.parallel.coordinator
-    offset = Layout(1, 1, coordinator).offset
-    for coordinator, workers in (("colocated", world_size), (coordinator, world_size - offset)):
-        if workers > 0 and workers % config.num_blocks == 0:
-            return Layout(config.num_blocks, workers // config.num_blocks, coordinator)  # type: ignore[arg-type]
+    whole, rest = divmod(world_size, config.num_blocks)
+    if rest == 0:
+        return Layout(config.num_blocks, whole)
+    if rest == 1 and whole > 0 and config.parallel.coordinator == "dedicated":
+        return Layout(config.num_blocks, whole, "dedicated")
     raise TopologyError(
         f"{world_size} processes cannot form chains of {config.num_blocks} blocks; "
         f"start 1, {config.num_blocks} or a multiple of {config.num_blocks}"
     )
 
 
-def evaluate_run(config: Config, topology: "Topology") -> "Evaluation":  # noqa: F821
+def evaluate_run(config: Config, topology: Topology) -> Evaluation:
     """Evaluates a run's checkpoint, writes RUN/evaluation.json and prints it. Collective."""
-    from dbdist import build
-    from dbdist.checkpoint import find_checkpoint
-    from dbdist.data import load_dataset, prepare
-    from dbdist.errors import CheckpointError
-    from dbdist.evaluation import Model, evaluate
-    from dbdist.restore import load_block
-    from dbdist.train import write_evaluation
-    from dbdist.trainer import describe_model
 
     run_dir = Path(config.run_dir)
-    with topology.agree("preparing the data"):
+    with topology.agree():
         if topology.local_rank == 0:
             prepare(config.data)
     with topology.agree("loading the data"):
@@ -107,10 +106,8 @@ def evaluate_run(config: Config, topology: "Topology") -> "Evaluation":  # noqa:
     return evaluation
 
 
-def report(run_dir: Path, evaluation: "Evaluation") -> None:  # noqa: F821
+def report(run_dir: Path, evaluation: Evaluation) -> None:
     """The result on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
 
     table = Table(
         title=f"Evaluation at step {evaluation.step}", title_justify="left", show_header=False

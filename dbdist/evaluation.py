@@ -1,7 +1,8 @@
 """Accuracy on the test set, at the end of the chain and after every block.
 
-`chain_answers` runs this rank's block on its replica's share of the images, `process_answers` all blocks in turn
-in one process; both take the same steps on the same states. `evaluate` sums up over ranks.
+`chain_answers` runs this rank's block on its replica's share of the images, `process_answers` all
+blocks in turn in one process; both take the same steps on the same states. `evaluate` sums up over
+ranks.
 """
 
 import time
@@ -53,8 +54,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Answers:
-    """A micro-batch after one block: labels, this block's class probabilities, and after the last block the
-    answer of the whole."""
+    """A micro-batch after one block: labels, this block's class probabilities, and after the last
+    block the answer of the whole."""
 
     labels_N: Tensor
     of_block_NK: Tensor
@@ -64,10 +65,11 @@ class Answers:
 def chain_answers(
     config: Config, topology: Topology, dataset: ImageDataset, denoiser: Denoiser
 ) -> list[Answers]:
-    """This rank's link of the chain: its block's answers for its replica's share. Collective in the chain.
+    """This rank's link of the chain: its block's answers for its replica's share. Collective in the
+    chain.
 
-    What travels is a row a sample: the states of its draws and, where several blocks' answers are averaged,
-    the sum of those so far.
+    What travels is a row a sample: the states of its draws and, where several blocks' answers are
+    averaged, the sum of those so far.
     """
     assert topology.block is not None
     sampler, table = build_sampler(config), denoiser.shared.label_table
@@ -105,7 +107,8 @@ def process_answers(
     dataset: ImageDataset,
     model_of_block: Callable[[int], Denoiser],
 ) -> Iterator[tuple[int, Answers]]:
-    """(block, answers) of every block in turn, one resident at a time if `model_of_block` loads it."""
+    """(block, answers) of every block in turn, one resident at a time if `model_of_block` loads
+    it."""
     sampler = build_sampler(config)
     states: dict[int, Tensor] = {}
     sums: dict[int, Tensor] = {}
@@ -189,7 +192,8 @@ def evaluate(
 
 
 class _MicroBatches:
-    """The test images of one replica, loaded batch by batch, as a list of micro-batches in order."""
+    """The test images of one replica, loaded batch by batch, as a list of micro-batches in
+    order."""
 
     def __init__(
         self, config: Config, topology: Topology, dataset: ImageDataset, dtype: torch.dtype
@@ -229,7 +233,8 @@ class _MicroBatches:
         return self._batch[1][start:stop], self._batch[2][start:stop]
 
     def initial_state(self, sampler: Any, batch_idx: int, shape: tuple[int, ...]) -> Tensor:
-        """First states of a whole batch: what a sample starts from does not depend on micro-batches."""
+        """First states of a whole batch: what a sample starts from does not depend on
+        micro-batches."""
         if self._state is None or self._state[0] != batch_idx:
             size = self._sizes[batch_idx]
             state = sampler.initial_state(

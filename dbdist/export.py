@@ -1,11 +1,20 @@
-"""`dbdist export RUN OUT`: a run's model as one model.safetensors + config.json, for `dbdist.load(OUT)`."""
+"""`dbdist export RUN OUT`: a run's model as one model.safetensors + config.json, for
+`dbdist.load(OUT)`."""
 
 import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from dbdist import build
+from dbdist.checkpoint import find_checkpoint
 from dbdist.cli import guarded
+from dbdist.config import Config
+from dbdist.data import dataset_spec
+from dbdist.errors import CheckpointError
+from dbdist.evaluate import config_of_run
+from dbdist.inference import describe, save_model
+from dbdist.restore import export_weights
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,7 +29,6 @@ def run(argv: list[str]) -> None:
         "options", nargs="*", metavar="--sampler.…", help="changes, as for dbdist evaluate"
     )
     given, options = parser.parse_known_args(argv)
-    from dbdist.evaluate import config_of_run
 
     config = config_of_run(
         "dbdist export", "", ["--run_dir", given.run_dir, *given.options, *options]
@@ -29,14 +37,8 @@ def run(argv: list[str]) -> None:
     print(f"{given.out}: dbdist.load({given.out!r}).predict(images)")
 
 
-def export(config: "Config", out: Path) -> None:  # noqa: F821
+def export(config: Config, out: Path) -> None:
     """Writes the run's checkpoint (`eval.step`, or the newest) as an exported model."""
-    from dbdist import build
-    from dbdist.checkpoint import find_checkpoint
-    from dbdist.data import dataset_spec
-    from dbdist.errors import CheckpointError
-    from dbdist.inference import describe, save_model
-    from dbdist.restore import export_weights
 
     run_dir = Path(config.run_dir)
     checkpoint = find_checkpoint(run_dir, config.eval.step)

@@ -1,6 +1,8 @@
-"""`dbdist import-published CKPT OUT`: weights of the published ViT code as a model for `dbdist.load(OUT)`.
+"""`dbdist import-published CKPT OUT`: weights of the published ViT code as a model for
+`dbdist.load(OUT)`.
 
-CKPT is a .safetensors file or a Lightning .ckpt, of which only plain tensors are read; nothing is executed.
+CKPT is a .safetensors file or a Lightning .ckpt, of which only plain tensors are read; nothing is
+executed.
 """
 
 import argparse
@@ -8,6 +10,10 @@ import sys
 from pathlib import Path
 
 from dbdist.cli import guarded
+from dbdist.compat import import_published
+from dbdist.config import DataConfig
+from dbdist.data import dataset_spec
+from dbdist.errors import ConfigError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,10 +34,6 @@ def run(argv: list[str]) -> None:
         "--data", help="dataset whose normalisation the weights expect, e.g. cifar100"
     )
     given = parser.parse_args(argv)
-    from dbdist.compat import import_published
-    from dbdist.config import DataConfig
-    from dbdist.data import dataset_spec
-    from dbdist.errors import ConfigError
 
     spec = None
     if given.data is not None:

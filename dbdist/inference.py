@@ -1,13 +1,15 @@
-"""The trained model in one process: all blocks, no process group. `dbdist.load(OUT).predict(images)`.
+"""The trained model in one process: all blocks, no process group.
+`dbdist.load(OUT).predict(images)`.
 
-An exported model is a folder with `model.safetensors` (keys `shared.*`, `layers.*`; `block-B.shared.*` where
-every block kept shared modules of its own) and `config.json`.
+An exported model is a folder with `model.safetensors` (keys `shared.*`, `layers.*`;
+`block-B.shared.*` where every block kept shared modules of its own) and `config.json`.
 """
 
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ VERSION = 1
 
 
 class BlockwiseClassifier(nn.Module):
-    """All blocks of a DiffusionBlocks classifier. Blocks may share one set of shared modules or have their own."""
+    """All blocks of a DiffusionBlocks classifier. Blocks may share one set of shared modules or
+    have their own."""
 
     def __init__(
         self,
@@ -76,8 +79,8 @@ class LoadedModel:
     def predict_proba(self, images: Any, batch_size: int = 256) -> Tensor:
         """Class probabilities (N, K).
 
-        images: tensor or array (N, C, S, S), or (N, S, S) with one channel: uint8, or float in [0, 1]. Raises
-        ValueError for another shape or range.
+        images: tensor or array (N, C, S, S), or (N, S, S) with one channel: uint8, or float in [0,
+        1]. Raises ValueError for another shape or range.
         """
         pixels = normalize(torch.as_tensor(images), self.spec)
         dtype = next(self.network.parameters()).dtype
@@ -105,7 +108,8 @@ def save_model(out: Path, weights: dict[str, Tensor], config: dict[str, Any]) ->
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> LoadedModel:
     """The exported model in this folder (`dbdist export`, `dbdist import-published`).
 
-    Raises CheckpointError, in one sentence, for a folder that holds none or files that do not fit together.
+    Raises CheckpointError, in one sentence, for a folder that holds none or files that do not fit
+    together.
     """
     folder, device = Path(path), torch.device(device)
     try:
@@ -149,7 +153,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Copies weights into the module by name. Raises CheckpointError where names or shapes differ."""
+    """Copies weights into the module by name. Raises CheckpointError where names or shapes
+    differ."""
     own = dict(module.named_parameters())
     for problem, names in (
         ("lacks", own.keys() - weights.keys()),
@@ -163,7 +168,8 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None
         for name, parameter in own.items():
             if parameter.shape != weights[name].shape:
                 raise CheckpointError(
-                    f"{source}: {name} has shape {list(weights[name].shape)}, the model needs {list(parameter.shape)}"
+                    f"{source}: {name} has shape {list(weights[name].shape)}, the model needs "
+                    f"{list(parameter.shape)}"
                 )
             parameter.copy_(weights[name])
 
@@ -203,7 +209,8 @@ def describe(
 
 
 def _dataset_spec(values: dict[str, Any]) -> DatasetSpec:
-    return DatasetSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    sizes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return DatasetSpec(**sizes)
 
 
 def _build(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -211,7 +218,7 @@ def _build(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> 
     ends = [0]
     for count in config["layers_per_block"]:
         ends.append(ends[-1] + count)
-    layers = [range(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    layers = [range(a, b) for a, b in pairwise(ends)]
     if config["noise"] is None:
         shared = vit.build_plain_shared(architecture, None, device)
         block = vit.build_block(architecture, layers[0], None, device, conditioned=False)

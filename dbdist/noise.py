@@ -1,7 +1,8 @@
-"""Noise levels: their distribution, its partition among blocks, EDM preconditioning and the sampler's grid.
+"""Noise levels: their distribution, its partition among blocks, EDM preconditioning and the
+sampler's grid.
 
-Pure functions of numbers and tensors; knows nothing of models or processes. Everything is computed in
-float64. Sources: DiffusionBlocks (arXiv 2506.14202) section 3; EDM (arXiv 2206.00364) Table 1.
+Pure functions of numbers and tensors; knows nothing of models or processes. Everything is computed
+in float64. Sources: DiffusionBlocks (arXiv 2506.14202) section 3; EDM (arXiv 2206.00364) Table 1.
 """
 
 import math
@@ -28,7 +29,8 @@ class Preconditioning(NamedTuple):
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """ln sigma ~ N(p_mean, p_std^2) truncated to [sigma_min, sigma_max], cut into `num_blocks` ranges.
+    """ln sigma ~ N(p_mean, p_std^2) truncated to [sigma_min, sigma_max], cut into `num_blocks`
+    ranges.
 
     Block 0 owns the highest noise. A *level* in [0, 1] is a position between sigma_min (0) and
     sigma_max (1) in the coordinate that the partition cuts evenly: probability mass for
@@ -65,8 +67,10 @@ class NoiseSchedule:
             )
         if not bool((self.boundaries[1:] > self.boundaries[:-1]).all()):
             raise ConfigError(
-                f"noise.p_mean {self.p_mean} and noise.p_std {self.p_std} leave no probability for some "
-                f"of the {self.num_blocks} blocks between sigma {self.sigma_min} and {self.sigma_max}; "
+                f"noise.p_mean {self.p_mean} and noise.p_std {self.p_std} leave no probability "
+                "for some "
+                f"of the {self.num_blocks} blocks between sigma {self.sigma_min} and "
+                f"{self.sigma_max}; "
                 "move p_mean into that range or widen p_std"
             )
 
@@ -78,8 +82,9 @@ class NoiseSchedule:
         )
 
     def block_range(self, block: int) -> tuple[float, float]:
-        """(low, high) of the sigmas a block trains on: its own range, widened by `overlap` times its
-        log-length on both sides and clamped to [sigma_min, sigma_max]. Paper, section 3.3 (gamma)."""
+        """(low, high) of the sigmas a block trains on: its own range, widened by `overlap` times
+        its log-length on both sides and clamped to [sigma_min, sigma_max]. Paper, section 3.3
+        (gamma)."""
         if not 0 <= block < self.num_blocks:
             raise ValueError(f"block {block} is not one of 0..{self.num_blocks - 1}")
         edges = self.boundaries.tolist()
@@ -90,40 +95,46 @@ class NoiseSchedule:
     def sample_sigma(
         self, block: int, n: int, generator: torch.Generator | None = None
     ) -> Float[Tensor, " n"]:
-        """n noise levels for training this block, uniform in CDF inside its widened range; float64."""
+        """n noise levels for training this block, uniform in CDF inside its widened range;
+        float64."""
         low, high = self.block_range(block)
         uniform = torch.rand(n, generator=generator, dtype=torch.float64)
         return self._between(low, high, uniform).clamp(low, high)
 
     def grid(self, num_steps: int, sigma_start: float | None = None) -> Float[Tensor, " steps"]:
-        """The sampler's levels, descending at equal level steps from `sigma_start` (sigma_max when not
-        given) to sigma_min. A single step evaluates at the start. EDM, Algorithm 1; DESIGN section 2."""
+        """The sampler's levels, descending at equal level steps from `sigma_start` (sigma_max when
+        not given) to sigma_min. A single step evaluates at the start. EDM, Algorithm 1; DESIGN
+        section 2."""
         return self.sigma_at(self._grid_levels(num_steps, sigma_start))
 
     def block_of_step(self, num_steps: int, sigma_start: float | None = None) -> list[int]:
         """The block that owns each grid point; one that lies exactly on a boundary belongs to the
         lower-noise block. Raises ConfigError when a block would be left out."""
         levels = self._grid_levels(num_steps, sigma_start)
-        # A boundary is a level i/B. Rounding must not decide its side, so 1e-9 of a block counts as on it.
+        # A boundary is a level i/B. Rounding must not decide its side, so 1e-9 of a block counts as
+        # on it.
         from_top = torch.floor((1 - levels) * self.num_blocks + 1e-9).long()
         blocks: list[int] = from_top.clamp(0, self.num_blocks - 1).tolist()
         if missing := sorted(set(range(self.num_blocks)) - set(blocks)):
             raise ConfigError(
-                f"sampler.num_steps {num_steps} from sigma {sigma_start or self.sigma_max:g} never runs "
+                f"sampler.num_steps {num_steps} from sigma {sigma_start or self.sigma_max:g} "
+                "never runs "
                 f"block {missing[0]}; use at least {self.num_blocks} steps and a sigma_start above "
                 f"{self.boundaries[-2].item():.4g}, the lower edge of block 0"
             )
         return blocks
 
     def preconditioning(self, sigma: Float[Tensor, "*n"]) -> Preconditioning:
-        """c_skip, c_out, c_in, c_noise of D(z) = c_skip z + c_out F(c_in z, c_noise). EDM, Table 1."""
+        """c_skip, c_out, c_in, c_noise of D(z) = c_skip z + c_out F(c_in z, c_noise). EDM, Table
+        1."""
         s, sd = sigma.double(), self.sigma_data
         norm = torch.hypot(s, torch.full_like(s, sd))
         coefficients = ((sd / norm) ** 2, s * sd / norm, 1 / norm, s.log() / 4)
         return Preconditioning(*(c.to(sigma.dtype) for c in coefficients))
 
     def weight(self, sigma: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """(sigma^2 + sd^2) / (sigma sd)^2, so that weight * c_out^2 = 1. EDM, Table 1, lambda(sigma)."""
+        """(sigma^2 + sd^2) / (sigma sd)^2, so that weight * c_out^2 = 1. EDM, Table 1,
+        lambda(sigma)."""
         s, sd = sigma.double(), self.sigma_data
         return ((s**2 + sd**2) / (s * sd) ** 2).to(sigma.dtype)
 
@@ -166,7 +177,8 @@ class NoiseSchedule:
     def _between(self, low: float, high: float, fraction: Tensor) -> Tensor:
         """The sigma below which lies this fraction of the probability between low and high."""
         a, b = self._standard(low), self._standard(high)
-        # Both tails are interpolated and the smaller one inverted: 1 - 1e-17 has no float64, 1e-17 has.
+        # Both tails are interpolated and the smaller one inverted: 1 - 1e-17 has no float64, 1e-17
+        # has.
         lower = _tail(-a) + (_tail(-b) - _tail(-a)) * fraction
         upper = _tail(a) + (_tail(b) - _tail(a)) * fraction
         x = torch.where(lower < 0.5, torch.special.ndtri(lower), -torch.special.ndtri(upper))
@@ -177,7 +189,8 @@ class NoiseSchedule:
 
 
 def _tail(x: float) -> float:
-    """P(x < X) for standard normal X; erfc keeps tails that 1 + erf (torch.special.ndtr) rounds away."""
+    """P(x < X) for standard normal X; erfc keeps tails that 1 + erf (torch.special.ndtr) rounds
+    away."""
     return 0.5 * math.erfc(x / math.sqrt(2))
 
 

@@ -1,4 +1,5 @@
-"""Models from checkpoints: one block at a time, or everything as the tensors of an exported model."""
+"""Models from checkpoints: one block at a time, or everything as the tensors of an exported
+model."""
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ PRIVATE = "shared."
 def load_block(
     config: Config, sizes: ViTConfig, checkpoint: Checkpoint, block: int, device: torch.device
 ) -> Model:
-    """One block with its shared modules, averaged weights if the run kept any; nothing else is read."""
+    """One block with its shared modules, averaged weights if the run kept any; nothing else is
+    read."""
     layers, shared, source = _weights(checkpoint, block)
     modules = build.build_shared(config, sizes, None, device)
     module = build.build_block(config, sizes, block, None, device)

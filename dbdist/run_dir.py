@@ -1,12 +1,15 @@
-"""The folder of a run: which configuration it holds, and whether another may continue it."""
+"""The folder of a run: its configuration, whether another may continue it, and its result."""
 
 import dataclasses
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 from dbdist.cli import parse_config, write_yaml
 from dbdist.config import Config
 from dbdist.errors import ConfigError
+from dbdist.evaluation import Evaluation
 
 MAY_CHANGE = (
     "run_dir",
@@ -28,7 +31,8 @@ MAY_CHANGE = (
 
 
 def read_config(run_dir: Path) -> Config | None:
-    """The configuration in RUN/config.yaml; None without one. Raises ConfigError for a damaged one."""
+    """The configuration in RUN/config.yaml; None without one. Raises ConfigError for a damaged
+    one."""
     path = run_dir / "config.yaml"
     if not path.is_file():
         return None
@@ -39,18 +43,29 @@ def read_config(run_dir: Path) -> Config | None:
 
 
 def claim(config: Config) -> None:
-    """Makes the run directory this configuration's. Raises ConfigError, naming the first key that differs, if
-    it holds a run of another one; then nothing is changed."""
+    """Makes the run directory this configuration's. Raises ConfigError, naming the first key that
+    differs, if it holds a run of another one; then nothing is changed."""
     run_dir = Path(config.run_dir)
     held = read_config(run_dir)
     if held is not None:
         for key, old, new in _differences(dataclasses.asdict(held), dataclasses.asdict(config)):
             raise ConfigError(
-                f"{run_dir} holds a run with {key} {old}, not {new}; give another run_dir or the old value"
+                f"{run_dir} holds a run with {key} {old}, not {new}; give another run_dir or the "
+                "old value"
             )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_yaml(config, run_dir / "config.yaml")
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror})") from None
+
+
+def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
+    """RUN/evaluation.json, whole or not at all."""
+    partial = run_dir / "evaluation.json.partial"
+    try:
+        partial.write_text(json.dumps(dataclasses.asdict(evaluation), indent=2) + "\n")
+        os.replace(partial, run_dir / "evaluation.json")
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror})") from None
 

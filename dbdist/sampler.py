@@ -1,8 +1,10 @@
-"""The sampler: Euler steps on the probability-flow ODE, each taken by the block that owns its noise level.
+"""The sampler: Euler steps on the probability-flow ODE, each taken by the block that owns its noise
+level.
 
-`Sampler.run_block` takes one block's steps; the chain calls it on one rank after the other, a single process
-for every block in turn. States have any trailing shape. Does not communicate. Source: EDM (2206.00364),
-Algorithm 1 with first-order steps; DiffusionBlocks (2506.14202), section 3.4.
+`Sampler.run_block` takes one block's steps; the chain calls it on one rank after the other, a
+single process for every block in turn. States have any trailing shape. Does not communicate.
+Source: EDM (2206.00364), Algorithm 1 with first-order steps; DiffusionBlocks (2506.14202), section
+3.4.
 """
 
 import math
@@ -37,8 +39,8 @@ class Readout(Protocol):
 class Sampler:
     """The levels of the sampler and which block takes each.
 
-    num_steps: evaluations in all. sigma_start: the first level, sigma_max when None. num_draws: states per
-    sample whose answers are averaged. guidance_scale: 0 for none.
+    num_steps: evaluations in all. sigma_start: the first level, sigma_max when None. num_draws:
+    states per sample whose answers are averaged. guidance_scale: 0 for none.
     """
 
     schedule: NoiseSchedule
@@ -48,7 +50,8 @@ class Sampler:
     num_draws: int = 1
     guidance_scale: float = 0.0
     blocks: tuple[int, ...] | None = None
-    """Owner of each step where it is not `schedule.block_of_step` (published weights resolve ties otherwise)."""
+    """Owner of each step where it is not `schedule.block_of_step` (published weights resolve ties
+    otherwise)."""
 
     @property
     def sigmas(self) -> Tensor:
@@ -67,7 +70,8 @@ class Sampler:
         batch_idx: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        """First z of a batch, (num_samples * num_draws, *shape); the draws of a sample are adjacent.
+        """First z of a batch, (num_samples * num_draws, *shape); the draws of a sample are
+        adjacent.
 
         `noise`: z0 is negligible beside sigma, so z ~ N(0, 1 + sigma^2) as published. `mean`: zero.
         """
@@ -83,7 +87,8 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """This block's steps on states z: the state for the next block, and this block's answer.
 
-        condition: one row a sample; z: `num_draws` rows a sample. The answer is read from the block's last
+        condition: one row a sample; z: `num_draws` rows a sample. The answer is read from the
+        block's last
         step, averaged over draws: one row a sample.
         """
         sigmas = self.sigmas
@@ -99,7 +104,8 @@ class Sampler:
         return z, task.probabilities(output).unflatten(0, (-1, self.num_draws)).mean(dim=1)
 
     def guided(self, denoise: Denoise, condition: Tensor, z: Tensor, sigma_N: Tensor) -> Tensor:
-        """Classifier-free guidance on the head's output: u + scale (c - u), u for an all-zero condition."""
+        """Classifier-free guidance on the head's output: u + scale (c - u), u for an all-zero
+        condition."""
         output = denoise(condition, z, sigma_N)
         if self.guidance_scale == 0:
             return output

@@ -1,14 +1,20 @@
-"""`torchrun … -m dbdist.train --config FILE`: trains, or continues where the run directory left off."""
+"""`torchrun … -m dbdist.train --config FILE`: trains, or continues where the run directory left
+off."""
 
-import dataclasses
-import json
-import os
 import sys
 import time
 from pathlib import Path
 
+from dbdist.checkpoint import find_checkpoint
 from dbdist.cli import guarded, parse_config
 from dbdist.config import Config
+from dbdist.data import load_dataset, prepare
+from dbdist.errors import CheckpointError
+from dbdist.evaluation import Evaluation
+from dbdist.monitor import Monitor, peak_memory_mb
+from dbdist.parallel.topology import Launch, Topology, build_topology
+from dbdist.run_dir import claim, write_evaluation
+from dbdist.trainer import Trainer, layout_of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -17,9 +23,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(argv: list[str]) -> None:
     config = parse_config("dbdist train", __doc__ or "", argv).validate()
-    # Heavy imports come after the command line has been understood.
-    from dbdist.parallel.topology import Launch, build_topology
-    from dbdist.trainer import layout_of
 
     launch = Launch.from_environment()
     layout = layout_of(config, launch.world_size)
@@ -30,18 +33,11 @@ def run(argv: list[str]) -> None:
         topology.close()
 
 
-def train(config: Config, topology: "Topology") -> "Evaluation":  # noqa: F821
+def train(config: Config, topology: Topology) -> Evaluation:
     """Sets a run up on this rank and trains it. Collective."""
-    from dbdist.checkpoint import find_checkpoint
-    from dbdist.data import load_dataset, prepare
-    from dbdist.errors import CheckpointError
-    from dbdist.monitor import Monitor, peak_memory_mb
-    from dbdist.run_dir import claim
-    from dbdist.trainer import Trainer
-
     start = time.perf_counter()
     run_dir = Path(config.run_dir)
-    with topology.agree("preparing the data"):
+    with topology.agree():
         if topology.local_rank == 0:
             prepare(config.data)
     with topology.agree("loading the data"):
@@ -50,14 +46,15 @@ def train(config: Config, topology: "Topology") -> "Evaluation":  # noqa: F821
         checkpoint = find_checkpoint(run_dir)
         if config.checkpoint.resume is True and checkpoint is None:
             raise CheckpointError(
-                f"checkpoint.resume is true, but {run_dir} has no complete checkpoint; leave it out to start"
+                f"checkpoint.resume is true, but {run_dir} has no complete checkpoint; "
+                "leave it out to start"
             )
         if config.checkpoint.resume is False and checkpoint is not None:
             raise CheckpointError(
-                f"checkpoint.resume is false, but {run_dir} holds a checkpoint of step {checkpoint.step}; "
-                "give another run_dir"
+                f"checkpoint.resume is false, but {run_dir} holds a checkpoint of "
+                f"step {checkpoint.step}; give another run_dir"
             )
-    with topology.agree("opening the run directory"):
+    with topology.agree():
         if len(set(steps := topology.gather(checkpoint and checkpoint.step))) > 1:
             raise CheckpointError(
                 f"{run_dir} is not the same folder on all ranks: they see checkpoints {steps}"
@@ -95,13 +92,6 @@ def train(config: Config, topology: "Topology") -> "Evaluation":  # noqa: F821
         if monitor is not None:
             monitor.close()
     return evaluation
-
-
-def write_evaluation(run_dir: Path, evaluation: "Evaluation") -> None:  # noqa: F821
-    """RUN/evaluation.json, whole or not at all."""
-    partial = run_dir / "evaluation.json.partial"
-    partial.write_text(json.dumps(dataclasses.asdict(evaluation), indent=2) + "\n")
-    os.replace(partial, run_dir / "evaluation.json")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""The training loop, the same for all modes: batch → target → noise → denoise → loss → backward → reduce → step → record.
+"""The training loop, the same for all modes: batch → target → noise → denoise → loss → backward →
+reduce → step → record.
 
-Each rank owns one block (block_parallel), every block (sequential) or the whole model as one block (end_to_end),
-and a copy of the shared modules, which `parallel.coordinator` keeps up to date. Everything random is a
-function of (seed, purpose, block, step), so the state of a run is its weights, optimizers and step.
+Each rank owns one block (block_parallel), every block (sequential) or the whole model as one block
+(end_to_end), and a copy of the shared modules, which `parallel.coordinator` keeps up to date.
+Everything random is a function of (seed, purpose, block, step), so the state of a run is its
+weights, optimizers and step.
 """
 
 import math
@@ -45,7 +47,8 @@ from dbdist.tasks.classification import Draws, Loss, sample_draws
 
 @dataclass
 class OwnedBlock:
-    """A block that this rank trains: weights, objective, optimizer, data, and what is not yet recorded."""
+    """A block that this rank trains: weights, objective, optimizer, data, and what is not yet
+    recorded."""
 
     index: int
     module: Block
@@ -117,7 +120,8 @@ class Trainer:
         self._marks = _Marks()
         self.monitor: Monitor | None = None
 
-    # -- the loop --------------------------------------------------------------------------------------
+    # -- the loop
+    # --------------------------------------------------------------------------------------
 
     def fit(self, monitor: Monitor | None) -> Evaluation:
         """Trains to the last step and evaluates. monitor: on rank 0."""
@@ -146,7 +150,8 @@ class Trainer:
         return evaluation
 
     def _train_step(self, owned: OwnedBlock, progress: float) -> None:
-        """One optimizer step of one block. progress: steps of the schedule, a fraction in sequential mode.
+        """One optimizer step of one block. progress: steps of the schedule, a fraction in
+        sequential mode.
 
         The labelled phases show up in torch's profiler and in `dbdist.bench.step`.
         """
@@ -242,7 +247,8 @@ class Trainer:
         self._collect()
         return evaluation
 
-    # -- evaluation ------------------------------------------------------------------------------------
+    # -- evaluation
+    # ------------------------------------------------------------------------------------
 
     def evaluate(self, step: int) -> Evaluation:
         """The test set through the chain, with averaged weights if there are any. Collective."""
@@ -255,7 +261,8 @@ class Trainer:
             self._set_training(True)
         return evaluation
 
-    # -- records ---------------------------------------------------------------------------------------
+    # -- records
+    # ---------------------------------------------------------------------------------------
 
     def ownership(self) -> Ownership:
         """This rank's row in the table of who owns what."""
@@ -350,7 +357,8 @@ class Trainer:
             if self.monitor is not None:
                 self.monitor.record(rank, record["step"], record["scalars"], record["histogram"])
 
-    # -- checkpoints -----------------------------------------------------------------------------------
+    # -- checkpoints
+    # -----------------------------------------------------------------------------------
 
     def description(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued or evaluated."""
@@ -364,7 +372,8 @@ class Trainer:
         }
 
     def _files(self) -> dict[str, dict[str, Tensor]]:
-        """What this rank writes: its block if it is the first replica, the shared modules if it owns them."""
+        """What this rank writes: its block if it is the first replica, the shared modules if it
+        owns them."""
         files: dict[str, dict[str, Tensor]] = {}
         topology, sync = self.topology, self.sync
         shared = dict(self.shared.named_parameters())
@@ -388,7 +397,7 @@ class Trainer:
             if sync.outer is not None:
                 files[optimizer_file(SHARED)] = optimizer_tensors(sync.outer, sync.anchor)
         elif topology.is_coordinator and not private:
-            files[SHARED] = shared
+            files[SHARED] = {**shared}
             assert sync.optimizer is not None
             files[optimizer_file(SHARED)] = optimizer_tensors(sync.optimizer, shared)
             if self.ema:
@@ -436,7 +445,8 @@ class Trainer:
         fill(owned.module, block, checkpoint.path / name)
         restore_optimizer(owned.optimizer, dict(owned.module.named_parameters()), state)
 
-    # -- set-up ----------------------------------------------------------------------------------------
+    # -- set-up
+    # ----------------------------------------------------------------------------------------
 
     @property
     def _is_block_parallel(self) -> bool:
@@ -444,7 +454,8 @@ class Trainer:
 
     @property
     def _is_private(self) -> bool:
-        """Whether each block's copy of the shared modules has values and an optimizer of its own."""
+        """Whether each block's copy of the shared modules has values and an optimizer of its
+        own."""
         return self._is_block_parallel and not isinstance(self.sync, Coordinated)
 
     def _owned_indices(self) -> list[int]:
@@ -453,7 +464,8 @@ class Trainer:
         return [] if self.topology.block is None else [self.topology.block]
 
     def _block_order(self) -> list[list[int]]:
-        """The blocks trained in each step: this rank's, or num_blocks random ones in sequential mode."""
+        """The blocks trained in each step: this rank's, or num_blocks random ones in sequential
+        mode."""
         if self.config.mode != "sequential":
             return [[0]] * self.max_steps
         num_blocks = self.config.num_blocks
@@ -518,7 +530,8 @@ class Trainer:
         )
 
     def _writers(self) -> set[int]:
-        """Ranks that write a part of each checkpoint: the coordinator and the first replica of each block."""
+        """Ranks that write a part of each checkpoint: the coordinator and the first replica of each
+        block."""
         layout = self.topology.layout
         return {0, *(layout.rank_of(block, 0) for block in range(layout.num_blocks))}
 
@@ -535,7 +548,8 @@ class Trainer:
             owned.replicas.objective.train(mode)
 
     def _set_lr(self, progress: float) -> None:
-        """Linear warm-up, then constant or half a cosine. progress: steps of each block done before."""
+        """Linear warm-up, then constant or half a cosine. progress: steps of each block done
+        before."""
         t = self.config.train
         factor = 1.0
         if progress < t.warmup_steps:

@@ -10,10 +10,9 @@ os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
 
 import pytest
 import torch
+from ranks import RankPool
 from safetensors.torch import load_file
 from torch import Tensor
-
-from ranks import RankPool
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent / "golden"

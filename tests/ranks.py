@@ -1,6 +1,7 @@
 """Real ranks for tests: processes that are started once and run one function after the other.
 
-Each run meets through a file of its own (no ports). A failure carries every rank's traceback; a rank that hangs or
+Each run meets through a file of its own (no ports). A failure carries every rank's traceback; a
+rank that hangs or
 dies costs its own test alone: the pool ends its processes and starts new ones.
 """
 
@@ -29,7 +30,8 @@ class Rank:
         self.store = dist.FileStore(path, world_size)
 
     def join(self, layout: Layout, timeout_s: float = 60.0) -> Topology:
-        # Every collective is checked against its peers', but for DDP: torch 2.15 crashes in its set-up then.
+        # Every collective is checked against its peers', but for DDP: torch 2.15 crashes in its
+        # set-up then.
         level = dist.DebugLevel.OFF if layout.num_replicas > 1 else dist.DebugLevel.DETAIL
         dist.set_debug_level(level)
         return build_topology(
@@ -38,7 +40,8 @@ class Rank:
 
 
 class RankPool:
-    """Processes that stay; `run(world_size, function, *args)` calls function(rank, *args) on each."""
+    """Processes that stay; `run(world_size, function, *args)` calls function(rank, *args) on
+    each."""
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
@@ -107,7 +110,8 @@ def config_of(*options: str) -> Config:
     from dbdist.cli import parse_config
 
     base = (
-        "model.num_layers=3 model.hidden_size=12 model.num_heads=2 model.patch_size=4 train.batch_size=8 "
+        "model.num_layers=3 model.hidden_size=12 model.num_heads=2 model.patch_size=4 "
+        "train.batch_size=8 "
         "train.max_steps=4 eval.batch_size=128 eval.micro_batch_size=50 train.lr=0.01"
     )
     words = [f"--{option}" for option in (*base.split(), *options)]

@@ -1,4 +1,5 @@
-"""Published weights: agreement with the published code's own numbers, and files that must be refused."""
+"""Published weights: agreement with the published code's own numbers, and files that must be
+refused."""
 
 import json
 import pickle
@@ -8,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 import dbdist
 from dbdist.cli import main
@@ -146,7 +146,8 @@ def test_sampler_agrees_stage_by_stage_set(golden, num_steps, cfg_scale, table):
 
 
 def test_four_published_optimizer_steps_are_reproduced(golden):
-    """One AdamW over everything, as published, equals one per block plus one for the shared modules."""
+    """One AdamW over everything, as published, equals one per block plus one for the shared
+    modules."""
     s = golden("stages/vectors")
     model = load_published_vit(GOLDEN / "stages/weights.safetensors").double()
     settings = {"lr": 1e-3, "weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}

@@ -58,7 +58,9 @@ def test_the_loss_of_a_block_gives_gradients_to_its_own_layers_and_the_shared_mo
             grads = [p.grad for p in block.parameters()]
             assert all((g is not None and g.abs().sum() > 0) == (index == own) for g in grads)
         # The label table meets the loss through z0, which this test does not make.
-        names = {name for name, p in shared.named_parameters() if p.grad is None or not p.grad.any()}
+        names = {
+            name for name, p in shared.named_parameters() if p.grad is None or not p.grad.any()
+        }
         assert names == {"label_table"}
         for module in (shared, *blocks):
             module.zero_grad()
@@ -68,7 +70,9 @@ def test_samples_do_not_see_each_other(float64):
     denoiser = build()[2][1]
     images, z, sigma = batch()
     together = denoiser(images, z, sigma)
-    alone = torch.cat([denoiser(images[i : i + 1], z[i : i + 1], sigma[i : i + 1]) for i in range(len(z))])
+    alone = torch.cat(
+        [denoiser(images[i : i + 1], z[i : i + 1], sigma[i : i + 1]) for i in range(len(z))]
+    )
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-14)
 
 
@@ -113,7 +117,10 @@ def test_noised_is_the_clean_state_plus_sigma_times_noise(float64, shape):
 def test_the_denoiser_never_looks_inside_the_state():
     """A backbone for image latents: the coefficients broadcast over any trailing shape."""
 
-    class Latents(nn.Module):
+    class Latents(vit.ViTShared):
+        def __init__(self):
+            nn.Module.__init__(self)
+
         def embed(self, condition, z_in):
             return z_in
 
@@ -126,14 +133,17 @@ def test_the_denoiser_never_looks_inside_the_state():
         def logits(self, state, level):
             return state
 
-    class Same(nn.Module):
+    class Same(vit.Block):
+        def __init__(self):
+            nn.Module.__init__(self)
+
         def forward(self, x, level):
             return x
 
-    denoiser = Denoiser(Latents(), Same(), SCHEDULE)  # type: ignore[arg-type]
+    denoiser = Denoiser(Latents(), Same(), SCHEDULE)
     z = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.1, 1.0, 10.0])
-    result = Denoiser.forward.__wrapped__(denoiser, z, z, sigma)
+    result = denoiser(z, z, sigma)
     for i, s in enumerate(sigma.tolist()):
         norm = s**2 + 0.4**2
         expected = 0.4**2 / norm * z[i] + s * 0.4 / norm**0.5 * (z[i] / norm**0.5)

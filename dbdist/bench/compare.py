@@ -1,8 +1,10 @@
 """Accuracy over seeds of two or more configurations, each in a process group of its own:
 
-    python -m dbdist.bench.compare configs/mnist5k.yaml configs/mnist5k-end-to-end.yaml --seeds 0 1 2
+    python -m dbdist.bench.compare configs/mnist5k.yaml configs/mnist5k-end-to-end.yaml --seeds 0 1
+    2
 
-Every configuration trains each layer on as many samples as it says (steps x batch). Prints a table and JSON lines.
+Every configuration trains each layer on as many samples as it says (steps x batch). Prints a table
+and JSON lines.
 """
 
 import argparse
@@ -28,7 +30,9 @@ def run(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="dbdist.bench.compare", description=__doc__)
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML files to compare")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--runs", default="runs/compare", help="folder of the runs (default: %(default)s)")
+    parser.add_argument(
+        "--runs", default="runs/compare", help="folder of the runs (default: %(default)s)"
+    )
     given, overrides = parser.parse_known_args(argv)
     table = Table(title="Accuracy over seeds", title_justify="left")
     for header in ("configuration", "seed", "steps x batch", "after block", "accuracy", "time"):
@@ -49,9 +53,12 @@ def run(argv: list[str]) -> None:
 
 
 def train_once(config_file: str, seed: int, runs: Path, overrides: list[str]) -> dict[str, Any]:
-    """One run from scratch; its evaluation with what identifies it. Raises UserError when it fails."""
+    """One run from scratch; its evaluation with what identifies it. Raises UserError when it
+    fails."""
     name = Path(config_file).stem
-    config = parse_config("dbdist.bench.compare", "", ["--config", config_file, *overrides]).validate()
+    config = parse_config(
+        "dbdist.bench.compare", "", ["--config", config_file, *overrides]
+    ).validate()
     run_dir = runs / f"{name}-{seed}"
     world_size = 1
     if config.mode == "block_parallel":
@@ -62,7 +69,15 @@ def train_once(config_file: str, seed: int, runs: Path, overrides: list[str]) ->
         sys.executable,
         *(launcher if world_size > 1 else []),
         *("-m", "dbdist.train", "--config", config_file),
-        *(*overrides, "--seed", str(seed), "--run_dir", str(run_dir), "--checkpoint.resume", "false"),
+        *(
+            *overrides,
+            "--seed",
+            str(seed),
+            "--run_dir",
+            str(run_dir),
+            "--checkpoint.resume",
+            "false",
+        ),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

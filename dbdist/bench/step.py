@@ -1,8 +1,9 @@
-"""Where the time of one training step goes: `python -m dbdist.bench.step --config configs/cifar100.yaml`.
+"""Where the time of one training step goes: `python -m dbdist.bench.step --config
+configs/cifar100.yaml`.
 
-One process trains one block (`--block`, alone: nothing is sent) with the configuration's own loader, and
-the profiler sums up the step's phases. Without the dataset's files, random images in CIFAR's on-disk format
-take their place. Prints a table and one line of JSON.
+One process trains one block (`--block`, alone: nothing is sent) with the configuration's own
+loader, and the profiler sums up the step's phases. Without the dataset's files, random images in
+CIFAR's on-disk format take their place. Prints a table and one line of JSON.
 """
 
 import argparse
@@ -60,7 +61,9 @@ def run(argv: list[str]) -> None:
     for phase in PHASES:
         share = result["share"][phase]
         print(f"{phase:<10}{result['ms'][phase]:>10.2f} ms {share:>7.1%}")
-    print(f"{'step':<10}{result['step_ms']:>10.2f} ms, of which compute {result['compute_share']:.1%}")
+    print(
+        f"{'step':<10}{result['step_ms']:>10.2f} ms, of which compute {result['compute_share']:.1%}"
+    )
     print(json.dumps({"config": config.data.name, "images": images, **result}))
 
 
@@ -95,7 +98,9 @@ def measure(config: Config, block: int, warmup: int, steps: int) -> dict[str, An
         "peak_mb": peak,
         "num_workers": config.data.num_workers,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor(),
         "torch": torch.__version__,
     }
 

@@ -1,11 +1,14 @@
-"""The vision transformer, split into shared modules and blocks of layers; knows nothing of noise or ranks.
+"""The vision transformer, split into shared modules and blocks of layers; knows nothing of noise or
+ranks.
 
-Two versions of the same size: the noise-conditioned one of DiffusionBlocks (`ViTShared`, layers with AdaLN) and
-the plain one for end-to-end training (`PlainViTShared`, layers without). Parameter names carry the global layer
-index, so that shared modules and blocks of one model never clash. Layout of the published code: FACTS of
-arXiv 2506.14202's ViT (post-activation AdaLN, label embedding in place of the class token, LayerNorm eps 1e-12).
+Two versions of the same size: the noise-conditioned one of DiffusionBlocks (`ViTShared`, layers
+with AdaLN) and the plain one for end-to-end training (`PlainViTShared`, layers without). Parameter
+names carry the global layer index, so that shared modules and blocks of one model never clash.
+Layout of the published code: FACTS of arXiv 2506.14202's ViT (post-activation AdaLN, label
+embedding in place of the class token, LayerNorm eps 1e-12).
 
-Shapes: N samples, C channels, S image side, T = patches + 1 tokens, D width, E condition width, K classes.
+Shapes: N samples, C channels, S image side, T = patches + 1 tokens, D width, E condition width, K
+classes.
 """
 
 import math
@@ -47,7 +50,8 @@ class ViTConfig:
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
             raise ConfigError(
-                f"model.patch_size {self.patch_size} does not divide the image side {self.image_size}; "
+                f"model.patch_size {self.patch_size} does not divide the image side "
+                f"{self.image_size}; "
                 "choose a divisor or resize with data.image_size"
             )
 
@@ -61,7 +65,8 @@ class ViTConfig:
 
 
 class AdaLN(nn.Module):
-    """`num_chunks` modulation vectors from the noise-level condition: SiLU(Linear(c)), zero at first."""
+    """`num_chunks` modulation vectors from the noise-level condition: SiLU(Linear(c)), zero at
+    first."""
 
     def __init__(self, config: ViTConfig, num_chunks: int) -> None:
         super().__init__()
@@ -92,7 +97,8 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """A pre-norm transformer layer; with a condition, AdaLN shifts, scales and gates both branches."""
+    """A pre-norm transformer layer; with a condition, AdaLN shifts, scales and gates both
+    branches."""
 
     def __init__(self, config: ViTConfig, conditioned: bool) -> None:
         super().__init__()
@@ -166,7 +172,8 @@ class ViTShared(nn.Module):
         return self.dropout(tokens + self.positions)
 
     def embed_noise(self, c_noise: Float[Tensor, " n"]) -> Float[Tensor, "n e"]:
-        """The condition of every AdaLN: SiLU of an MLP on 256 sinusoids of c_noise, cosines first."""
+        """The condition of every AdaLN: SiLU of an MLP on 256 sinusoids of c_noise, cosines
+        first."""
         half = NUM_FREQUENCIES // 2
         exponent = torch.arange(half, device=c_noise.device, dtype=c_noise.dtype) / half
         angle = c_noise.unsqueeze(-1) * torch.exp(-math.log(MAX_PERIOD) * exponent)
@@ -186,7 +193,8 @@ class ViTShared(nn.Module):
 
 
 class PlainViTShared(nn.Module):
-    """Everything outside the layers of the plain ViT: class token, patches, positions, norm and head."""
+    """Everything outside the layers of the plain ViT: class token, patches, positions, norm and
+    head."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -244,8 +252,8 @@ def build_block(
 ) -> Block:
     """One block of layers, initialised from the seed (left empty when it is None).
 
-    Each layer's weights depend on the seed and its index alone, so they are the same however the model is
-    cut. `recompute`: activation checkpointing.
+    Each layer's weights depend on the seed and its index alone, so they are the same however the
+    model is cut. `recompute`: activation checkpointing.
     """
     with torch.device("meta"):
         block = Block(config, layers, conditioned=conditioned, recompute=recompute)
@@ -263,9 +271,9 @@ def _materialise(module: M, config: ViTConfig, seed: int | None, device: torch.d
 def _initialise(module: nn.Module, init: Literal["fan_in", "published"], seed: int) -> None:
     """Draws each parameter from a random stream of its own, named by the seed and the parameter.
 
-    Norms are the identity, biases, AdaLN and the conditioned head zero, tables N(0, 0.02). All other weights are
-    truncated normal (at two standard deviations) of 0.02 as published, or of 1 / sqrt(inputs); the published
-    noise MLP is not truncated.
+    Norms are the identity, biases, AdaLN and the conditioned head zero, tables N(0, 0.02). All
+    other weights are truncated normal (at two standard deviations) of 0.02 as published, or of 1 /
+    sqrt(inputs); the published noise MLP is not truncated.
     """
     conditioned_head = isinstance(module, ViTShared)
     for name, parameter in module.named_parameters():

@@ -1,1 +1,2 @@
-"""Everything that communicates: topology, coordinator, replicas, chain, mailbox. Knows nothing of tasks."""
+"""Everything that communicates: topology, coordinator, replicas, chain, mailbox. Knows nothing of
+tasks."""

@@ -1,7 +1,8 @@
-"""Inference across ranks: states flow from block to block by point-to-point sends, in micro-batches.
+"""Inference across ranks: states flow from block to block by point-to-point sends, in
+micro-batches.
 
-While block 1 works on the first micro-batch, block 0 is at the second, and so on. Conditions never travel: each
-rank loads its own. Knows nothing of what a state or a block is.
+While block 1 works on the first micro-batch, block 0 is at the second, and so on. Conditions never
+travel: each rank loads its own. Knows nothing of what a state or a block is.
 """
 
 from collections import deque
@@ -38,9 +39,9 @@ class Chain:
     ) -> None:
         """Passes every micro-batch through this rank's block.
 
-        sizes: rows of each micro-batch, the same on all ranks of the chain. state_shape: of one row.
-        first(i): the initial states of micro-batch i, asked for on block 0 alone. work(i, states): this
-        block's work, returning what the next block receives.
+        sizes: rows of each micro-batch, the same on all ranks of the chain. state_shape: of one
+        row. first(i): the initial states of micro-batch i, asked for on block 0 alone. work(i,
+        states): this block's work, returning what the next block receives.
         """
         device, wire = self._topology.device, self._topology.wire_device
         meter, group = self._topology.meter, self._topology.p2p_group

@@ -1,10 +1,10 @@
 """The shared modules' optimizer: who steps it, and what travels for that.
 
-`begin()` is called when a step's shared gradients are final (accumulated, averaged over the block's replicas,
-clipped); the block's optimizer then steps; `finish()` returns when this rank's shared copy is up to date.
-Three ways, `parallel.sync`: `Coordinated` (step), `Averaged` (every), `Private` (never, and every mode in
-which one process holds the whole model). Sums run in block order on the coordinator, so the result has the same
-bits wherever the coordinator sits.
+`begin()` is called when a step's shared gradients are final (accumulated, averaged over the block's
+replicas, clipped); the block's optimizer then steps; `finish()` returns when this rank's shared
+copy is up to date. Three ways, `parallel.sync`: `Coordinated` (step), `Averaged` (every), `Private`
+(never, and every mode in which one process holds the whole model). Sums run in block order on the
+coordinator, so the result has the same bits wherever the coordinator sits.
 """
 
 import time
@@ -38,7 +38,8 @@ class Private:
 
 
 class _Star:
-    """Block leaders send a flat buffer to the coordinator, which broadcasts one back to every rank."""
+    """Block leaders send a flat buffer to the coordinator, which broadcasts one back to every
+    rank."""
 
     def __init__(self, topology: Topology, like: Mapping[str, Tensor]) -> None:
         self.topology = topology
@@ -68,7 +69,8 @@ class _Star:
             meter.sent["shared"] += self.buffer.num_bytes
 
     def mean(self) -> Tensor:
-        """On the coordinator: the mean of the leaders' buffers, summed in block order, in the buffer."""
+        """On the coordinator: the mean of the leaders' buffers, summed in block order, in the
+        buffer."""
         self._wait()
         total = self.buffer.data.copy_(self._rows[0])
         for row in self._rows[1:]:
@@ -101,8 +103,8 @@ class _Star:
 
 
 class Coordinated:
-    """Every step: shared gradients are averaged over blocks, the coordinator takes the only optimizer step, and
-    all copies become its parameters. DESIGN section 3."""
+    """Every step: shared gradients are averaged over blocks, the coordinator takes the only
+    optimizer step, and all copies become its parameters. DESIGN section 3."""
 
     def __init__(self, topology: Topology, shared: nn.Module, optimizer: Optimizer | None) -> None:
         """optimizer: of the shared parameters, on the coordinator alone."""
@@ -136,8 +138,8 @@ class Coordinated:
 class Averaged:
     """Local steps; every `every` steps all copies become the average of the blocks' parameters.
 
-    With outer_lr or outer_momentum, the coordinator moves the common parameters towards the average by SGD
-    with Nesterov momentum instead (DiLoCo, arXiv 2311.08105, Algorithm 1, outer step).
+    With outer_lr or outer_momentum, the coordinator moves the common parameters towards the average
+    by SGD with Nesterov momentum instead (DiLoCo, arXiv 2311.08105, Algorithm 1, outer step).
     """
 
     def __init__(

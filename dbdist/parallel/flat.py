@@ -1,4 +1,5 @@
-"""One flat buffer for a fixed, sorted list of tensors, and the check that all ranks mean the same list."""
+"""One flat buffer for a fixed, sorted list of tensors, and the check that all ranks mean the same
+list."""
 
 import hashlib
 import json
@@ -12,7 +13,8 @@ from dbdist.parallel.topology import Topology
 
 
 class FlatBuffer:
-    """Packs named tensors into one contiguous vector on the wire's device, in sorted order of names."""
+    """Packs named tensors into one contiguous vector on the wire's device, in sorted order of
+    names."""
 
     def __init__(self, like: Mapping[str, Tensor], device: torch.device) -> None:
         # Order matters: every rank walks the same sorted names.
@@ -48,7 +50,8 @@ class FlatBuffer:
             tensors[name].copy_(view)
 
     def check_equal_on_all_ranks(self, topology: Topology, what: str) -> None:
-        """Raises TopologyError, naming rank and tensor, unless all ranks have this layout. Collective."""
+        """Raises TopologyError, naming rank and tensor, unless all ranks have this layout.
+        Collective."""
         digest = hashlib.sha256(
             json.dumps([[n, list(s), str(d)] for n, s, d in self.layout]).encode()
         )
@@ -58,7 +61,8 @@ class FlatBuffer:
         layouts = topology.gather(self.layout)
         for rank, layout in enumerate(layouts):
             if layout != layouts[0]:
-                assert isinstance(layout, list) and isinstance(layouts[0], list)
+                assert isinstance(layout, list)
+                assert isinstance(layouts[0], list)
                 name = next(
                     (a[0] for a, b in zip(layout, layouts[0], strict=False) if a != b),
                     "the number of tensors",

@@ -1,7 +1,7 @@
 """Small records from every rank to rank 0, through the launcher's key-value store.
 
-Posting never waits and needs nobody on the other side, so ranks that train independently stay independent; no
-tensor travels this way.
+Posting never waits and needs nobody on the other side, so ranks that train independently stay
+independent; no tensor travels this way.
 """
 
 import json

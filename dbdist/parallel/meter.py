@@ -1,4 +1,5 @@
-"""Counts what this rank sends and receives, by kind. Every tensor that dbdist puts on a wire passes here."""
+"""Counts what this rank sends and receives, by kind. Every tensor that dbdist puts on a wire passes
+here."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,8 +7,8 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Meter:
-    """Payload bytes of tensors since the start. Kinds: `shared` (coordinator), `replica` (gradients among the
-    copies of a block), `chain` (states at inference), `metrics` (sums over ranks)."""
+    """Payload bytes of tensors since the start. Kinds: `shared` (coordinator), `replica` (gradients
+    among the copies of a block), `chain` (states at inference), `metrics` (sums over ranks)."""
 
     sent: Counter[str] = field(default_factory=Counter)
     received: Counter[str] = field(default_factory=Counter)

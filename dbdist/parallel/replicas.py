@@ -1,4 +1,5 @@
-"""Data parallelism inside a block: torch's DDP over the block's replicas, with its bytes on the meter."""
+"""Data parallelism inside a block: torch's DDP over the block's replicas, with its bytes on the
+meter."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,8 +11,9 @@ from dbdist.parallel.topology import Topology
 
 
 class Replicas:
-    """A training objective whose gradients are averaged over the replicas of this rank's block; without
-    replicas, the objective as it is. Replicas start alike because weights depend on the seed alone."""
+    """A training objective whose gradients are averaged over the replicas of this rank's block;
+    without replicas, the objective as it is. Replicas start alike because weights depend on the
+    seed alone."""
 
     def __init__(self, objective: nn.Module, topology: Topology) -> None:
         self._meter = topology.meter

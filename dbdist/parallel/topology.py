@@ -1,8 +1,8 @@
 """Which rank does what: the map rank <-> (block, replica, coordinator) and the process groups.
 
-Built once from the launcher's environment and passed around; nothing else reads RANK or WORLD_SIZE. World =
-blocks x replicas, plus one with a dedicated coordinator; rank 0 is always the coordinator. Ranks are laid out
-block by block, so that the copies of a block, which talk most, are neighbours.
+Built once from the launcher's environment and passed around; nothing else reads RANK or WORLD_SIZE.
+World = blocks x replicas, plus one with a dedicated coordinator; rank 0 is always the coordinator.
+Ranks are laid out block by block, so that the copies of a block, which talk most, are neighbours.
 """
 
 import os
@@ -47,18 +47,20 @@ class Launch:
             )
         except (KeyError, ValueError) as error:
             raise TopologyError(
-                f"the launcher's environment is incomplete ({error}); start with torchrun, or unset RANK and WORLD_SIZE"
+                f"the launcher's environment is incomplete ({error}); start with torchrun, or "
+                "unset RANK and WORLD_SIZE"
             ) from None
 
     def store(self, timeout_s: float) -> dist.Store:
-        """The launcher's key-value store, under a prefix of this attempt: a restarted world must not read the
-        addresses of the one before."""
+        """The launcher's key-value store, under a prefix of this attempt: a restarted world must
+        not read the addresses of the one before."""
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
         return dist.PrefixStore(f"attempt{self.attempt}", store)
 
     def leave_together(self, seconds: float = 5.0) -> None:
-        """Waits until every rank is about to leave because of a mistake found before there was a process group,
-        so that the launcher stops none of them half-way; gives up after `seconds`."""
+        """Waits until every rank is about to leave because of a mistake found before there was a
+        process group, so that the launcher stops none of them half-way; gives up after
+        `seconds`."""
         if self.world_size == 1:
             return
         deadline = time.monotonic() + seconds
@@ -73,8 +75,8 @@ class Launch:
 class Layout:
     """The arithmetic of the placement, without any process.
 
-    One block with R replicas also describes data parallelism of a whole model, and one block without replicas
-    a single process.
+    One block with R replicas also describes data parallelism of a whole model, and one block
+    without replicas a single process.
     """
 
     num_blocks: int
@@ -106,7 +108,8 @@ class Layout:
         return [self.rank_of(block, replica) for replica in range(self.num_replicas)]
 
     def check(self, world_size: int) -> None:
-        """Raises TopologyError, saying which number of processes fits, for a world of another size."""
+        """Raises TopologyError, saying which number of processes fits, for a world of another
+        size."""
         if world_size == self.world_size:
             return
         blocks, replicas = self.num_blocks, self.num_replicas
@@ -114,7 +117,8 @@ class Layout:
         fits, rest = divmod(world_size - self.offset, blocks)
         other = f", or set parallel.replicas {fits}" if fits > 0 and rest == 0 else ""
         raise TopologyError(
-            f"{blocks} blocks x {replicas} replica{'s'[: replicas > 1]}{extra} need {self.world_size} processes, "
+            f"{blocks} blocks x {replicas} replica{'s'[: replicas > 1]}{extra} need "
+            f"{self.world_size} processes, "
             f"{world_size} {'was' if world_size == 1 else 'were'} started; start {self.world_size} "
             f"(torchrun --nproc_per_node={self.world_size}){other}"
         )
@@ -130,7 +134,8 @@ class Topology:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     store: dist.Store | None = None
     p2p_group: dist.ProcessGroup | None = None
-    """All ranks, for point-to-point messages alone: torch's collective checks count calls by group."""
+    """All ranks, for point-to-point messages alone: torch's collective checks count calls by
+    group."""
     replica_group: dist.ProcessGroup | None = None
     """The copies of this rank's block; None when there is one copy."""
     uses_nccl: bool = False
@@ -177,9 +182,12 @@ class Topology:
             dist.barrier()
 
     @contextmanager
-    def agree(self, what: str) -> Iterator[None]:
-        """A step of set-up that may fail on some ranks: if it does, all leave it with the same UserError,
-        which names the rank. Collective."""
+    def agree(self, what: str | None = None) -> Iterator[None]:
+        """A step of set-up that may fail on some ranks: if it does, all leave it with the same
+        UserError. Collective.
+
+        what: named in the error together with the rank, where only some ranks fail; None for what
+        one rank does for all."""
         error: UserError | None = None
         try:
             yield
@@ -198,7 +206,7 @@ class Topology:
                 len(failures) == self.world_size
                 and len({text for _, text in failures.values()}) == 1
             )
-            raise kind(message if same else f"rank {rank}, {what}: {message}")
+            raise kind(message if same or what is None else f"rank {rank}, {what}: {message}")
 
     def gather(self, value: object) -> list[object]:
         """Every rank's value, in rank order, on every rank. For small control data only."""
@@ -216,8 +224,8 @@ class Topology:
 def choose_device(
     wanted: Literal["auto", "cpu", "cuda"], launch: Launch
 ) -> tuple[torch.device, bool]:
-    """This rank's device, and whether NCCL can connect it: only if every local rank has a GPU of its own.
-    Raises ConfigError for cuda without a GPU."""
+    """This rank's device, and whether NCCL can connect it: only if every local rank has a GPU of
+    its own. Raises ConfigError for cuda without a GPU."""
     has_gpu = torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
         raise ConfigError("device is cuda, but torch finds no GPU here; use device auto or cpu")
@@ -237,8 +245,8 @@ def build_topology(
 ) -> Topology:
     """Joins the process group and makes every subgroup. Collective.
 
-    store: where the ranks meet; the launcher's when None. Raises TopologyError when the number of processes does
-    not fit the layout, before anything is joined.
+    store: where the ranks meet; the launcher's when None. Raises TopologyError when the number of
+    processes does not fit the layout, before anything is joined.
     """
     layout.check(launch.world_size)
     device, uses_nccl = choose_device(wanted, launch)
@@ -254,15 +262,18 @@ def build_topology(
         world_size=launch.world_size,
         timeout=timedelta(seconds=timeout_s),
     )
-    p2p_group = dist.new_group(list(range(launch.world_size)))
+    p2p_group = _group(list(range(launch.world_size)), launch.rank)
     replica_group = None
     if layout.num_replicas > 1:
         # Every rank makes every group, in the same order.
         for block in range(layout.num_blocks):
-            ranks = layout.replicas(block)
-            group = dist.new_group(ranks)
-            if launch.rank in ranks:
-                replica_group = group
+            replica_group = _group(layout.replicas(block), launch.rank) or replica_group
     return Topology(
         layout, launch.rank, launch.local_rank, device, store, p2p_group, replica_group, uses_nccl
     )
+
+
+def _group(ranks: list[int], rank: int) -> dist.ProcessGroup | None:
+    """A process group of these ranks, None on others; every rank makes it. Collective."""
+    group = dist.new_group(ranks)
+    return group if rank in ranks and isinstance(group, dist.ProcessGroup) else None

@@ -1,8 +1,10 @@
-"""Image classification as denoising: z0 is the image's normalised label embedding, the condition its pixels.
+"""Image classification as denoising: z0 is the image's normalised label embedding, the condition
+its pixels.
 
-The head's logits stand for the denoised state softmax(logits) @ label table; the loss is cross-entropy.
-Source: DiffusionBlocks (2506.14202), section 4.1 and its published ViT code; where we offer more than that code
-does, `TaskConfig` and `SamplerConfig` name the switch. Does not communicate.
+The head's logits stand for the denoised state softmax(logits) @ label table; the loss is
+cross-entropy.
+Source: DiffusionBlocks (2506.14202), section 4.1 and its published ViT code; where we offer more
+than that code does, `TaskConfig` and `SamplerConfig` name the switch. Does not communicate.
 """
 
 from dataclasses import dataclass
@@ -29,10 +31,13 @@ class Draws(NamedTuple):
 
     def part(self, start: int, stop: int) -> "Draws":
         """The draws of samples start..stop-1 of the batch."""
-        return Draws(*(x if x is None else x[start:stop] for x in self))
+        keep_N = None if self.keep_N is None else self.keep_N[start:stop]
+        return Draws(self.sigma_N[start:stop], self.noise_ND[start:stop], keep_N)
 
     def to(self, device: torch.device) -> "Draws":
-        return Draws(*(x if x is None else x.to(device, non_blocking=True) for x in self))
+        keep_N = None if self.keep_N is None else self.keep_N.to(device, non_blocking=True)
+        sigma_N = self.sigma_N.to(device, non_blocking=True)
+        return Draws(sigma_N, self.noise_ND.to(device, non_blocking=True), keep_N)
 
 
 def sample_draws(
@@ -45,7 +50,8 @@ def sample_draws(
     num_samples: int,
     hidden_size: int,
 ) -> Draws:
-    """What the whole batch of this block's step draws, on the CPU: a function of seed, block and step alone.
+    """What the whole batch of this block's step draws, on the CPU: a function of seed, block and
+    step alone.
 
     Replicas take their parts of the same draws, so R replicas train on what one process would.
     """
@@ -69,8 +75,9 @@ class Loss(NamedTuple):
 
 
 class DenoisingLoss(nn.Module):
-    """The training objective of one block: images and labels to a loss. One module, so that data-parallel
-    engines can wrap it; gradients flow into the label table through target and state alike."""
+    """The training objective of one block: images and labels to a loss. One module, so that
+    data-parallel engines can wrap it; gradients flow into the label table through target and state
+    alike."""
 
     def __init__(
         self, denoiser: Denoiser, weighting: Literal["none", "per_sample", "published"]
@@ -120,7 +127,8 @@ class EndToEndLoss(nn.Module):
 class ClassReadout:
     """How logits are read at inference: as class probabilities, and as the state they stand for.
 
-    table_KD: the label table. normalized: rows of unit length, as in training; False: as they are stored.
+    table_KD: the label table. normalized: rows of unit length, as in training; False: as they are
+    stored.
     """
 
     table_KD: Float[Tensor, "k d"]

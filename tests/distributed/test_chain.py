@@ -64,7 +64,8 @@ def answers_of_rank(rank, layout, cases):
 
 @torch.no_grad()
 def whole_sampler(config):
-    """Every block in turn on all images at once, written out; answers after each block and the last."""
+    """Every block in turn on all images at once, written out; answers after each block and the
+    last."""
     data = test_set(config)
     sampler = build_sampler(config)
     images, labels = data.__getitems__(list(range(SAMPLES)))
@@ -98,13 +99,14 @@ def whole_sampler(config):
 
 
 CASES = [
-    ["model.num_blocks=3", f"sampler.num_steps={k}", f"sampler.guidance_scale={g}", f"sampler.start={start}",
+    [f"sampler.num_steps={k}", f"sampler.guidance_scale={g}", f"sampler.start={start}",
      f"eval.micro_batch_size={micro}", "eval.batch_size=32"]
     for k in (3, 6, 13)
     for g, start in ((0.0, "noise"), (1.5, "mean"))
     for micro in (1, 7, 50)
 ] + [
-    ["sampler.start=noise", "sampler.num_draws=3", "sampler.readout=all", "eval.micro_batch_size=7"],
+    ["sampler.start=noise", "sampler.num_draws=3", "sampler.readout=all",
+     "eval.micro_batch_size=7"],
     ["sampler.readout=[0,1]", "eval.micro_batch_size=16"],
     ["sampler.sigma_start=5", "eval.batch_size=20", "eval.micro_batch_size=64"],
 ]  # fmt: skip

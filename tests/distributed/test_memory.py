@@ -1,4 +1,5 @@
-"""A rank never holds another block: every tensor that lives at any moment of set-up and training is counted."""
+"""A rank never holds another block: every tensor that lives at any moment of set-up and training is
+counted."""
 
 import weakref
 
@@ -28,7 +29,8 @@ LAYER_BYTES = 4 * 12 * 96 * 96
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all real (not meta) storages made by torch operators that are alive, and their peak."""
+    """Bytes of all real (not meta) storages made by torch operators that are alive, and their
+    peak."""
 
     def __init__(self):
         super().__init__()
@@ -79,7 +81,8 @@ def test_setting_up_a_rank_never_allocates_more_than_its_own_block(ranks, tmp_pa
         assert names == sorted(str(i) for i in range(first, first + num_layers))
         first += num_layers
         assert LAYER_BYTES * num_layers < 4 * parameters < 1.2 * LAYER_BYTES * num_layers
-        # Its own weights, the shared modules and the one tensor being drawn: less than any other block more.
+        # Its own weights, the shared modules and the one tensor being drawn: less than any other
+        # block more.
         assert 4 * parameters <= peak < 4 * parameters + 1.9 * LAYER_BYTES
     options = [f"run_dir={tmp_path}/d", "parallel.coordinator=dedicated", *OPTIONS]
     peak, parameters, names = ranks.run(4, peaks_of_rank, options)[0]

@@ -1,4 +1,5 @@
-"""Checkpoints of real runs: resumed bit for bit, topology-free, exported; nothing half-written counts."""
+"""Checkpoints of real runs: resumed bit for bit, topology-free, exported; nothing half-written
+counts."""
 
 import json
 import shutil

@@ -1,4 +1,5 @@
-"""Block-parallel training on real ranks against an independent single-process computation, in float64."""
+"""Block-parallel training on real ranks against an independent single-process computation, in
+float64."""
 
 import math
 
@@ -83,8 +84,8 @@ def loss_of(shared, block, schedule: NoiseSchedule, images, labels, sigma, noise
 
 
 def single_process(options, sync):
-    """The B losses, clipped gradients, averages and steps of block-parallel training, one after the other.
-    Returns each block's weights together with its copy of the shared modules."""
+    """The B losses, clipped gradients, averages and steps of block-parallel training, one after the
+    other. Returns each block's weights together with its copy of the shared modules."""
     config = config_of(*options)
     train_set = load_dataset(config.data, "train")
     sizes, schedule = build.architecture(config, train_set.spec), config.noise_schedule()
