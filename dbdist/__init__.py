@@ -1,6 +1,11 @@
 """dbdist: block-parallel training of residual transformers as DiffusionBlocks (arXiv
 2506.14202)."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dbdist.inference import load
+
 __version__ = "0.1.0"
 
 __all__ = ["load"]

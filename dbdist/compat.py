@@ -284,7 +284,7 @@ def _flat_sizes(hyper_parameters: Any) -> dict[str, Any]:
         for key, value in hyper_parameters.items():
             if isinstance(value, Mapping):
                 found |= _flat_sizes(value)
-            elif isinstance(value, int):
+            elif isinstance(key, str) and isinstance(value, int):
                 found[aliases.get(key, key)] = value
     return found
 

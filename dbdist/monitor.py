@@ -65,6 +65,7 @@ class SigmaHistogram:
     low: float
     high: float
     num_bins: int = 32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     edges: Tensor = field(init=False, repr=False)
     counts: Tensor = field(init=False, repr=False)
     cross_entropy_sums: Tensor = field(init=False, repr=False)
@@ -72,18 +73,20 @@ class SigmaHistogram:
     def __post_init__(self) -> None:
         assert 0 < self.low < self.high, (self.low, self.high)
         ends = math.log(self.low), math.log(self.high)
-        self.edges = torch.linspace(*ends, self.num_bins + 1, dtype=torch.float64).exp()
+        edges = torch.linspace(*ends, self.num_bins + 1, dtype=torch.float64).exp()
+        self.edges = edges.to(self.device)
         self.reset()
 
     def reset(self) -> None:
-        self.counts, self.cross_entropy_sums = torch.zeros(2, self.num_bins, dtype=torch.float64)
+        zeros = torch.zeros(2, self.num_bins, dtype=torch.float64, device=self.device)
+        self.counts, self.cross_entropy_sums = zeros
 
     def add(self, sigma_N: Float[Tensor, " n"], cross_entropy_N: Float[Tensor, " n"]) -> None:
-        """Count a batch. From a GPU this is one small copy, which waits for the batch's forward."""
-        batch = torch.stack([sigma_N.detach().double(), cross_entropy_N.detach().double()]).cpu()
-        bin_N = torch.bucketize(batch[0], self.edges[1:-1], right=True)
-        self.counts += torch.bincount(bin_N, minlength=self.num_bins)
-        self.cross_entropy_sums += torch.bincount(bin_N, batch[1], self.num_bins)
+        """Count a batch; stays on the device, so nothing waits."""
+        bin_N = torch.bucketize(sigma_N.detach().double(), self.edges[1:-1], right=True)
+        cross_entropy_N = cross_entropy_N.detach().double()
+        self.counts.scatter_add_(0, bin_N, torch.ones_like(cross_entropy_N))
+        self.cross_entropy_sums.scatter_add_(0, bin_N, cross_entropy_N)
 
     def to_dict(self) -> Json:
         bins = {key: getattr(self, key).tolist() for key in ("counts", "cross_entropy_sums")}

@@ -307,8 +307,10 @@ class Trainer:
                 topology.meter.sent["metrics"] += totals.nbytes
                 topology.meter.received["metrics"] += totals.nbytes
                 totals /= self.num_replicas
-            loss, cross_entropy, norm, steps = totals.tolist()
-            seconds, owned.seconds = owned.seconds, 0.0
+            start = time.perf_counter()
+            loss, cross_entropy, norm, steps = totals.tolist()  # waits for a GPU's queued steps
+            seconds = owned.seconds + time.perf_counter() - start
+            owned.seconds = 0.0
             owned.totals.zero_()
             if steps == 0:
                 continue
@@ -488,7 +490,8 @@ class Trainer:
             steps_done = sum(turn.count(index) for turn in self.order[: self.start_step])
         histogram = None
         if self.schedule is not None:
-            histogram = SigmaHistogram(index, *self.schedule.block_range(index))
+            low, high = self.schedule.block_range(index)
+            histogram = SigmaHistogram(index, low, high, device=device)
         return OwnedBlock(
             index=index,
             module=module,

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -186,7 +187,7 @@ def test_an_abbreviated_option_is_an_unknown_one(word):
 def test_a_wrong_type_is_refused_by_key_and_value(word, key):
     message = refusal(word)
     assert key in message
-    assert word.partition("=")[2] in message
+    assert word.partition("=")[2] in re.sub(r"[ ']", "", message)
 
 
 @pytest.mark.parametrize(
@@ -230,8 +231,9 @@ def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
 
 
 def test_yaml_executes_nothing(tmp_path, yaml_file):
-    call = f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{tmp_path}/x]]"
-    refusal("--config", yaml_file(f"run_dir: {call}"))
+    apply = "!!python/object/apply:pathlib.Path"
+    path = yaml_file(f"run_dir: {apply}.touch [{apply} [{tmp_path}/x]]")
+    refusal("--config", path)
     assert not (tmp_path / "x").exists()
 
 
@@ -355,9 +357,7 @@ def test_help_of_train_lists_every_key_with_its_text_and_default(capsys, monkeyp
     texts = documented()
     for key, field in keys_of(Config):
         assert any(t in lines[key] for t in texts[field.name]), key
-        default = {True: "True", False: "False", None: "null"}.get(
-            field.default, str(field.default)
-        )
+        default = "null" if field.default is None else str(field.default)
         assert f"default: {default}" in lines[key], key
 
 

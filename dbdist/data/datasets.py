@@ -117,7 +117,7 @@ def _standardize(pixels: Shaped[Tensor, "n c h w"], spec: DatasetSpec) -> Float[
     return (x - mean) / std
 
 
-class ImageDataset(Dataset):
+class ImageDataset(Dataset[tuple[Tensor, int]]):
     """One split, from pixels in memory (uint8, or floats in [0, 1]) or from image files."""
 
     def __init__(

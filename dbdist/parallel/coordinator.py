@@ -80,8 +80,9 @@ class _Star:
     def broadcast_down(self) -> None:
         """Ends with the coordinator's buffer on every rank."""
         self._wait()
-        self._start(dist.broadcast(self.buffer.data, src=0, async_op=True))
-        self._wait()
+        if self.topology.world_size > 1:
+            self._start(dist.broadcast(self.buffer.data, src=0, async_op=True))
+            self._wait()
         way = (
             self.topology.meter.sent
             if self.topology.is_coordinator

@@ -6,6 +6,7 @@ Ranks are laid out block by block, so that the copies of a block, which talk mos
 """
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -58,17 +59,19 @@ class Launch:
         return dist.PrefixStore(f"attempt{self.attempt}", store)
 
     def leave_together(self, seconds: float = 5.0) -> None:
-        """Waits until every rank is about to leave because of a mistake found before there was a
-        process group, so that the launcher stops none of them half-way; gives up after
-        `seconds`."""
+        """Waits until every rank is about to leave because of a user's mistake; gives up after
+        `seconds`. The launcher would end the others when the first has left: instead they all leave
+        by themselves, each with its message and exit code."""
         if self.world_size == 1:
             return
+        with suppress(ValueError):  # only a main thread may
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         deadline = time.monotonic() + seconds
         with suppress(RuntimeError, ValueError, OSError):  # the store is gone: so are the others
             store = self.store(seconds)
             store.add("leaving", 1)
             while store.add("leaving", 0) < self.world_size and time.monotonic() < deadline:
-                time.sleep(0.05)
+                time.sleep(0.02)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,123 @@
+"""A run directory belongs to one configuration: what may change when a run is continued."""
+
+import dataclasses
+
+import pytest
+
+from dbdist.config import Config
+from dbdist.errors import ConfigError
+from dbdist.run_dir import MAY_CHANGE, claim, read_config
+
+OTHER = {
+    str: "other",
+    bool: None,
+    int: 12345,
+    float: 0.12345,
+    tuple: (0.5, 0.5),
+    type(None): 3,
+}
+"""Another value for a default of this type."""
+
+
+def leaves(kind=Config, prefix=""):
+    """(dotted key, a value that is not the default) of every option."""
+    for field in dataclasses.fields(kind):
+        key = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(field.type):
+            yield from leaves(field.type, f"{key}.")
+        elif type(field.default) is bool:
+            yield key, not field.default
+        elif choices := getattr(field.type, "__args__", ()):
+            words = [c for c in choices if isinstance(c, str) and c != field.default]
+            yield key, words[0] if words else OTHER[type(field.default)]
+        else:
+            yield key, OTHER[type(field.default)]
+
+
+ALL = dict(leaves())
+ALL |= {"model.layers_per_block": (1, 2, 3), "checkpoint.resume": False}
+ALL |= {"sampler.readout": "all", "data.name": "cifar10"}
+SINGLE = ("model.name", "task.name")  # there is one architecture and one task so far
+
+
+def is_free(key):
+    return any(key == may or key.startswith(f"{may}.") for may in MAY_CHANGE)
+
+
+def changed(config, key, value):
+    section, _, rest = key.partition(".")
+    inner = changed(getattr(config, section), rest, value) if rest else value
+    return dataclasses.replace(config, **{section: inner})
+
+
+def held_by(path):
+    return Config(run_dir=str(path))
+
+
+@pytest.mark.parametrize("key", [k for k in ALL if not is_free(k) and k not in SINGLE])
+def test_a_changed_key_is_refused_by_name_and_nothing_is_touched(tmp_path, key):
+    config = held_by(tmp_path)
+    claim(config)
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError) as caught:
+        claim(changed(config, key, ALL[key]))
+    assert f" {key} " in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert (tmp_path / "config.yaml").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("key", [k for k in ALL if is_free(k) and k != "run_dir"])
+def test_what_does_not_change_the_steps_already_taken_may_change(tmp_path, key):
+    claim(held_by(tmp_path))
+    config = changed(held_by(tmp_path), key, ALL[key])
+    claim(config)
+    assert read_config(tmp_path) == config
+
+
+def test_every_key_that_may_change_is_a_key_of_the_configuration():
+    sections = {f.name for f in dataclasses.fields(Config)}
+    assert set(MAY_CHANGE) <= sections | ALL.keys()
+
+
+def test_a_new_directory_is_made_and_claiming_twice_changes_nothing(tmp_path):
+    config = held_by(tmp_path / "a/b")
+    assert read_config(tmp_path / "a/b") is None
+    claim(config)
+    before = (tmp_path / "a/b/config.yaml").read_bytes()
+    claim(config)
+    assert (tmp_path / "a/b/config.yaml").read_bytes() == before
+    assert read_config(tmp_path / "a/b") == config
+
+
+def test_a_moved_run_is_continued_where_it_is(tmp_path):
+    claim(held_by(tmp_path / "old"))
+    (tmp_path / "old").rename(tmp_path / "new")
+    claim(held_by(tmp_path / "new"))
+    assert read_config(tmp_path / "new") == held_by(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"- 1", b"lr: 5", b"train: 5", b"train: null", b"a: [", b"\xff\xfe", b"\0"]
+)
+def test_a_damaged_configuration_is_refused_and_not_overwritten(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        claim(held_by(tmp_path))
+    assert (tmp_path / "config.yaml").read_bytes() == content
+
+
+def test_a_directory_that_cannot_be_made_is_refused_by_name(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/inside"):
+        with pytest.raises(ConfigError, match="run_dir"):
+            claim(held_by(tmp_path / name))
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_lists_and_tuples_are_the_same_value(tmp_path):
+    config = changed(held_by(tmp_path), "model.layers_per_block", (1, 2, 3))
+    claim(config)
+    claim(config)
+    with pytest.raises(ConfigError, match=r"model\.layers_per_block"):
+        claim(held_by(tmp_path))
