@@ -134,7 +134,7 @@ class SamplerConfig:
     guidance_scale: float = 0.0
     """u + scale (c - u) of unconditional and conditional logits; 0: no guidance, one evaluation a
     step."""
-    readout: Literal["last", "all"] | tuple[int, ...] = "last"
+    readout: Literal["last", "all"] | tuple[int, ...] = "all"
     """Blocks whose last class probabilities are averaged into the answer."""
 
 
@@ -154,8 +154,10 @@ class TrainConfig:
     lr: float = 1e-3
     """AdamW learning rate after warm-up."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after warm-up: constant, or half a cosine down to min_lr_ratio x lr at the last
-    step."""
+    """Learning rate after warm-up: constant, or half a cosine down to min_lr_ratio x lr."""
+    schedule_steps: int | None = None
+    """Step at which the cosine ends; null: the last step. Give it to train on later with the same
+    schedule, whatever max_steps is."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     min_lr_ratio: float = 0.0
@@ -395,6 +397,10 @@ class Config:
             train__log_every=t.log_every,
         )
         _at_least(0, train__warmup_steps=t.warmup_steps, train__weight_decay=t.weight_decay)
+        if t.schedule_steps is not None:
+            _at_least(1, train__schedule_steps=t.schedule_steps)
+            if t.schedule != "cosine":
+                raise ConfigError("train.schedule_steps needs train.schedule: cosine")
         for key, value in (
             ("lr", t.lr),
             ("eps", t.eps),

@@ -136,7 +136,7 @@ class Trainer:
             for turn, owned in enumerate(self._turns(step)):
                 self._train_step(owned, step + turn / len(self.order[step]))
             if not self.blocks:  # a dedicated coordinator only reduces, steps and broadcasts
-                self._set_lr(step)
+                self._set_lr(float(step))
                 self.sync.begin()
                 self.sync.finish(step + 1)
             evaluation = self._after_step(step + 1)
@@ -558,7 +558,8 @@ class Trainer:
         if progress < t.warmup_steps:
             factor = (progress + 1) / (t.warmup_steps + 1)
         elif t.schedule == "cosine":
-            done = (progress - t.warmup_steps) / max(1, self.max_steps - t.warmup_steps)
+            last = t.schedule_steps or self.max_steps
+            done = (progress - t.warmup_steps) / max(1, last - t.warmup_steps)
             factor = (
                 t.min_lr_ratio + (1 - t.min_lr_ratio) * (1 + math.cos(math.pi * min(1.0, done))) / 2
             )

@@ -306,8 +306,8 @@ MAKERS = {
     "adamw": lambda p: torch.optim.AdamW(p, 0.05, weight_decay=0.1),
     "adamw-fused": lambda p: torch.optim.AdamW(p, 0.05, fused=True),
     "adamw-amsgrad": lambda p: torch.optim.AdamW(p, 0.05, amsgrad=True),
-    "sgd": lambda p: torch.optim.SGD(p, 0.05),
-    "nesterov": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True),
+    "sgd": lambda p: torch.optim.SGD(p, 1e-4),
+    "nesterov": lambda p: torch.optim.SGD(p, 1e-4, momentum=0.9, nesterov=True),
 }
 
 

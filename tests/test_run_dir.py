@@ -1,6 +1,7 @@
 """A run directory belongs to one configuration: what may change when a run is continued."""
 
 import dataclasses
+from typing import get_args
 
 import pytest
 
@@ -8,15 +9,8 @@ from dbdist.config import Config
 from dbdist.errors import ConfigError
 from dbdist.run_dir import MAY_CHANGE, claim, read_config
 
-OTHER = {
-    str: "other",
-    bool: None,
-    int: 12345,
-    float: 0.12345,
-    tuple: (0.5, 0.5),
-    type(None): 3,
-}
-"""Another value for a default of this type."""
+OTHER = {str: "other", int: 12345, float: 0.12345}
+"""Another value of this type."""
 
 
 def leaves(kind=Config, prefix=""):
@@ -27,11 +21,11 @@ def leaves(kind=Config, prefix=""):
             yield from leaves(field.type, f"{key}.")
         elif type(field.default) is bool:
             yield key, not field.default
-        elif choices := getattr(field.type, "__args__", ()):
-            words = [c for c in choices if isinstance(c, str) and c != field.default]
-            yield key, words[0] if words else OTHER[type(field.default)]
+        elif words := [c for c in get_args(field.type) if isinstance(c, str)]:
+            yield key, next((word for word in words if word != field.default), words[0])
         else:
-            yield key, OTHER[type(field.default)]
+            kinds = [kind for kind in get_args(field.type) if kind in OTHER] or [field.type]
+            yield key, OTHER.get(kinds[0], (0.5, 0.5))
 
 
 ALL = dict(leaves())

@@ -119,7 +119,7 @@ class _Alone(Trainer):
         self._set_training(True)
 
     def one_step(self, step: int) -> None:
-        self._train_step(self.blocks[0], step)
+        self._train_step(self.blocks[0], float(step))
         if self.topology.device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -190,7 +190,7 @@ def train_alone(rank, options, block):
     trainer.order = [[0]] * trainer.max_steps
     for step in range(trainer.max_steps):
         for owned in trainer._turns(step):
-            trainer._train_step(owned, step)
+            trainer._train_step(owned, float(step))
     weights = {f"shared.{n}": p.detach() for n, p in trainer.shared.named_parameters()}
     weights |= {n: p.detach() for n, p in trainer.blocks[0].module.named_parameters()}
     return {k: v.tolist() for k, v in weights.items()}

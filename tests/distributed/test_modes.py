@@ -1,0 +1,99 @@
+"""The three modes in the same trainer: what each trains, and options that change how, not what."""
+
+import math
+
+import pytest
+import torch
+from ranks import config_of
+
+from dbdist import seeds
+from dbdist.bench.step import measure, write_random_cifar100
+from dbdist.cli import parse_config
+from dbdist.data import load_dataset
+from dbdist.parallel.topology import Topology
+from dbdist.trainer import Trainer, layout_of
+
+
+def trained(tmp_path, *options):
+    """A trainer of one process, after its last step."""
+    config = config_of(f"run_dir={tmp_path}", *options)
+    data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
+    trainer = Trainer(config, Topology(layout_of(config, 1)), *data)
+    trainer.fit(None)
+    return trainer
+
+
+def test_sequential_trains_one_random_block_a_step_and_leaves_the_others_alone(tmp_path):
+    trainer = trained(tmp_path, "mode=sequential", "train.max_steps=1", "train.weight_decay=0.5")
+    generator = seeds.generator(0, "block")
+    order = torch.randint(3, (3,), generator=generator).tolist()
+    assert [owned.steps_done for owned in trainer.blocks] == [order.count(b) for b in range(3)]
+    untrained = [owned for owned in trainer.blocks if owned.index not in order]
+    fresh = Trainer(trainer.config, trainer.topology, trainer.train_set, trainer.test_set)
+    for owned in untrained:  # not even decayed
+        for a, b in zip(
+            owned.module.parameters(), fresh.blocks[owned.index].module.parameters(), strict=True
+        ):
+            assert torch.equal(a, b)
+
+
+def test_activation_checkpointing_and_accumulation_change_no_weight(tmp_path, float64):
+    plain = trained(tmp_path / "a", "mode=end_to_end", "model.dropout=0.2")
+    frugal = trained(
+        tmp_path / "b",
+        "mode=end_to_end",
+        "model.dropout=0.2",
+        "train.activation_checkpointing=true",
+    )
+    for a, b in zip(
+        plain.blocks[0].module.parameters(), frugal.blocks[0].module.parameters(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_bf16_keeps_parameters_and_losses_in_float32(tmp_path):
+    trainer = trained(tmp_path, "mode=sequential", "train.precision=bf16")
+    assert {p.dtype for p in trainer._all_parameters().values()} == {torch.float32}
+    exact = trained(tmp_path / "exact", "mode=sequential")
+    for a, b in zip(trainer.blocks, exact.blocks, strict=True):
+        for p, q in zip(a.module.parameters(), b.module.parameters(), strict=True):
+            assert torch.isfinite(p).all()
+            assert (p - q).abs().max() < 4 * 0.01 * 4, "at most lr a step apart"
+    assert not all(
+        torch.equal(p, q)
+        for p, q in zip(trainer.shared.parameters(), exact.shared.parameters(), strict=True)
+    ), "bf16 was on"
+
+
+def test_the_learning_rate_warms_up_then_follows_half_a_cosine(tmp_path):
+    options = (
+        "train.lr=0.1",
+        "train.warmup_steps=4",
+        "train.schedule=cosine",
+        "train.max_steps=14",
+    )
+    trainer = trained(tmp_path, "mode=sequential", *options, "train.min_lr_ratio=0.2")
+    optimizer = trainer.blocks[0].optimizer
+
+    def lr(step):
+        trainer._set_lr(float(step))
+        return optimizer.param_groups[0]["lr"]
+
+    assert [lr(s) for s in range(4)] == pytest.approx([0.02, 0.04, 0.06, 0.08])
+    assert lr(4) == pytest.approx(0.1)
+    assert lr(9) == pytest.approx(0.1 * (0.2 + 0.8 * 0.5))
+    assert lr(14) == pytest.approx(0.02)
+    expected = 0.1 * (0.2 + 0.8 * (1 + math.cos(math.pi * 0.3)) / 2)
+    assert lr(7) == pytest.approx(expected)
+
+
+def test_a_block_step_of_the_cifar100_shape_is_forward_backward_and_optimizer(tmp_path):
+    """At least 95 % of its time, with the configuration's own augmentation in one worker."""
+    write_random_cifar100(tmp_path, num_train=512)
+    config = parse_config(
+        "test",
+        "",
+        ["--config", "configs/cifar100.yaml", f"--data.root={tmp_path}", "--data.num_workers=1"],
+    ).validate()
+    result = measure(config, block=1, warmup=1, steps=2)
+    assert result["compute_share"] >= 0.95, result["share"]

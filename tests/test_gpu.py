@@ -1,0 +1,37 @@
+"""On a CUDA device; skipped without one. The CPU twins are in tests/distributed."""
+
+import json
+
+import pytest
+import torch
+from distributed.test_torchrun import SMALL, run
+
+pytestmark = pytest.mark.gpu
+
+
+def losses(folder):
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return {k: v for k, v in line.items() if k.startswith("train/loss")}
+
+
+def test_three_ranks_share_one_gpu_over_gloo_and_train_as_on_the_cpu(tmp_path):
+    for device in ("cpu", "cuda"):
+        words = (*SMALL, "--device", device, "--model.dropout", "0", "--run_dir", tmp_path / device)
+        code, _, err, _ = run("dbdist.train", *words, ranks=3)
+        assert code == 0, err
+    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-2)
+    code, _, err, _ = run("dbdist.evaluate", "--run_dir", tmp_path / "cuda", ranks=3)
+    assert code == 0, err
+
+
+def test_nccl_connects_one_rank_per_gpu(tmp_path):
+    ranks = min(torch.cuda.device_count(), 3)
+    words = (*SMALL, "--model.num_blocks", ranks, "--device", "cuda", "--run_dir", tmp_path)
+    code, _, err, _ = run("dbdist.train", *words, ranks=ranks)
+    assert code == 0, err
+
+
+def test_bf16_trains_on_the_gpu(tmp_path):
+    words = (*SMALL, "--train.precision", "bf16", "--device", "cuda", "--run_dir", tmp_path)
+    code, _, err, _ = run("dbdist.train", *words, ranks=3)
+    assert code == 0, err
