@@ -3,6 +3,7 @@
 Parses with jsonargparse, and turns every mistake of a user into one line and exit code 2.
 """
 
+import argparse
 import dataclasses
 import difflib
 import os
@@ -10,12 +11,15 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
 
 from dbdist.config import Config
 from dbdist.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from dbdist.parallel.topology import Launch
 
 COMMANDS = {
     "train": "train the blocks of a model, one per rank (torchrun), or a whole model in one "
@@ -55,13 +59,8 @@ def main(argv: list[str] | None = None) -> None:
 def fail(prog: str, message: object) -> NoReturn:
     """One line on stderr and exit code 2; processes of one launcher wait for each other, so that it
     stops none of them before its line."""
-    from dbdist.parallel.topology import Launch
-
     text = " ".join(str(message).split())
-    try:
-        launch = Launch.from_environment()
-    except UserError:
-        launch = Launch(0, 1, 0, 1)
+    launch = _launch()
     rank = f"[r{launch.rank}] " if launch.world_size > 1 else ""
     print(f"{rank}{prog}: error: {text}", file=sys.stderr, flush=True)
     launch.leave_together()
@@ -77,10 +76,8 @@ def guarded(prog: str, run: Callable[[], None]) -> None:
     except UserError as error:
         fail(prog, error)
     except KeyboardInterrupt:
-        print(
-            f"{prog}: interrupted; the same command continues from the last checkpoint",
-            file=sys.stderr,
-        )
+        if _launch().rank == 0:
+            print(f"\n{prog}: interrupted; the same command continues", file=sys.stderr)
         os._exit(130)
 
 
@@ -117,8 +114,35 @@ def explain(error: str) -> str:
     ):
         return _unknown("key", f"{found[1]}.{found[2]}", list(_keys(Config)))
     if found := re.search(r'Parser key "([\w.-]+)":\s*(.*)', error, re.DOTALL):
-        return f"{found[1]}: {' '.join(found[2].split())}"
+        return f"{found[1]}: {_expectation(' '.join(found[2].split()))}"
     return error
+
+
+def _expectation(error: str) -> str:
+    """What a value should have been, in words rather than Python's types."""
+    if found := re.search(r"Subtypes: \[(.*?)\] Errors: .*Given value: (.*)", error):
+        types = re.sub(r", (?![^\[]*\])", " or ", found[1])
+        error = f"expected {types}, got {found[2]}"
+    error = re.sub(r"Expected an? (.*)\. Got value: ", r"expected \1, got ", error)
+    error = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", error).replace("NoneType", "null")
+    return re.sub(r"(?:typing\.)?Literal\[(.*?)\]", lambda m: m[1].replace(", ", " or "), error)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, its complaints in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(self.prog, f"{message}; see --help")
+
+
+def _launch() -> "Launch":
+    """This process among those the launcher started; a process alone if that cannot be told."""
+    from dbdist.parallel.topology import Launch
+
+    try:
+        return Launch.from_environment()
+    except UserError:
+        return Launch(0, 1, 0, 1)
 
 
 def _unknown(kind: str, given: str, known: list[str], dashes: str = "") -> str:

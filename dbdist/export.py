@@ -1,14 +1,13 @@
 """`dbdist export RUN OUT`: a run's model as one model.safetensors + config.json, for
 `dbdist.load(OUT)`."""
 
-import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from dbdist import build
 from dbdist.checkpoint import find_checkpoint
-from dbdist.cli import guarded
+from dbdist.cli import OneLineParser, guarded
 from dbdist.config import Config
 from dbdist.data import dataset_spec
 from dbdist.errors import CheckpointError
@@ -22,24 +21,21 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="dbdist export", description=__doc__)
+    parser = OneLineParser(
+        prog="dbdist export",
+        description=__doc__,
+        epilog="Further options: as for dbdist evaluate, e.g. --sampler.num_steps 12, --eval.step 50.",
+    )
     parser.add_argument("run_dir", metavar="RUN", help="folder of a trained run")
     parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument(
-        "options", nargs="*", metavar="--sampler.…", help="changes, as for dbdist evaluate"
-    )
     given, options = parser.parse_known_args(argv)
-
-    config = config_of_run(
-        "dbdist export", "", ["--run_dir", given.run_dir, *given.options, *options]
-    )
+    config = config_of_run("dbdist export", "", ["--run_dir", given.run_dir, *options])
     export(config, Path(given.out))
     print(f"{given.out}: dbdist.load({given.out!r}).predict(images)")
 
 
 def export(config: Config, out: Path) -> None:
     """Writes the run's checkpoint (`eval.step`, or the newest) as an exported model."""
-
     run_dir = Path(config.run_dir)
     checkpoint = find_checkpoint(run_dir, config.eval.step)
     if checkpoint is None:

@@ -5,11 +5,10 @@ CKPT is a .safetensors file or a Lightning .ckpt, of which only plain tensors ar
 executed.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from dbdist.cli import guarded
+from dbdist.cli import OneLineParser, guarded
 from dbdist.compat import import_published
 from dbdist.config import DataConfig
 from dbdist.data import dataset_spec
@@ -21,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="dbdist import-published", description=__doc__)
+    parser = OneLineParser(prog="dbdist import-published", description=__doc__)
     parser.add_argument(
         "checkpoint", metavar="CKPT", help="published weights: .safetensors or Lightning .ckpt"
     )

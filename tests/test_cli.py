@@ -366,7 +366,6 @@ def test_help_of_train_lists_every_key_with_its_text_and_default(capsys, monkeyp
     [
         ("dbdist.cli", ["nonsense"], ["nonsense"]),
         ("dbdist.train", ["--train.lr", "fast"], ["train.lr", "fast"]),
-        ("dbdist.train", ["--train.max_steps=1", "--model.num_heads=5"], ["model.num_heads 5"]),
         ("dbdist.evaluate", ["--run_dir", "does/not/exist"], ["does/not/exist"]),
     ],
 )

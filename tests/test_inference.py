@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -326,22 +330,42 @@ def apply(value, path, other):
     return value
 
 
-def test_a_mutated_config_json_is_refused_or_gives_a_model_that_predicts(model_dir):
+def mishandled_mutations(model_dir):
+    """Mutations of config.json that end in neither a refusal nor a model that predicts."""
     path = model_dir / "config.json"
     config = json.loads(path.read_text())
-    wrong = []
     for where, other in mutations(config):
         path.write_text(json.dumps(apply(config, where, other)))
+        text = ""
         try:
             spec = (model := dbdist.load(model_dir)).spec
             model.predict(torch.zeros(1, spec.channels, spec.image_size, spec.image_size))
         except CheckpointError as error:
-            if "\n" in str(error):
-                wrong.append((where, other, "more than one line"))
+            text = "more than one line" if "\n" in str(error) else ""
         except Exception as error:
-            wrong.append((where, other, f"{type(error).__name__}: {error}"[:100]))
-    listed = "\n".join(f"{'.'.join(map(str, w))} = {o!r}: {text}" for w, o, text in wrong)
-    assert not wrong, f"{len(wrong)} of the mutations:\n{listed}"
+            text = f"{type(error).__name__}: {error}"[:100]
+        if text:
+            yield f"{'.'.join(map(str, where))} = {other!r}: {text}"
+
+
+def test_a_mutated_config_json_is_refused_or_gives_a_model_that_predicts(model_dir):
+    """In a process of its own: the run-time type checks of tests would find most of it first."""
+    code = (
+        "import sys, pathlib; from test_inference import mishandled_mutations; "
+        "print(*mishandled_mutations(pathlib.Path(sys.argv[1])), sep='\\n')"
+    )
+    tests = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(model_dir)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    wrong = result.stdout.strip().splitlines()
+    assert not wrong, f"{len(wrong)} of the mutations:\n" + "\n".join(wrong)
 
 
 @pytest.mark.parametrize(

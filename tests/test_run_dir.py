@@ -25,12 +25,12 @@ def leaves(kind=Config, prefix=""):
             yield key, next((word for word in words if word != field.default), words[0])
         else:
             kinds = [kind for kind in get_args(field.type) if kind in OTHER] or [field.type]
-            yield key, OTHER.get(kinds[0], (0.5, 0.5))
+            yield key, OTHER.get(kinds[0])
 
 
 ALL = dict(leaves())
 ALL |= {"model.layers_per_block": (1, 2, 3), "checkpoint.resume": False}
-ALL |= {"sampler.readout": "all", "data.name": "cifar10"}
+ALL |= {"train.betas": (0.5, 0.5), "sampler.readout": "all", "data.name": "cifar10"}
 SINGLE = ("model.name", "task.name")  # there is one architecture and one task so far
 
 
@@ -61,10 +61,13 @@ def test_a_changed_key_is_refused_by_name_and_nothing_is_touched(tmp_path, key):
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
 
 
-@pytest.mark.parametrize("key", [k for k in ALL if is_free(k) and k != "run_dir"])
-def test_what_does_not_change_the_steps_already_taken_may_change(tmp_path, key):
+def test_what_does_not_change_the_steps_already_taken_may_change(tmp_path):
     claim(held_by(tmp_path))
-    config = changed(held_by(tmp_path), key, ALL[key])
+    config = held_by(tmp_path)
+    free = [key for key in ALL if is_free(key) and key != "run_dir"]
+    assert len(free) > len(MAY_CHANGE)
+    for key in free:
+        config = changed(config, key, ALL[key])
     claim(config)
     assert read_config(tmp_path) == config
 

@@ -7,7 +7,6 @@ Every configuration trains each layer on as many samples as it says (steps x bat
 and JSON lines.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dbdist.cli import guarded, parse_config
+from dbdist.cli import OneLineParser, guarded, parse_config
 from dbdist.errors import UserError
 
 
@@ -27,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="dbdist.bench.compare", description=__doc__)
+    parser = OneLineParser(prog="dbdist.bench.compare", description=__doc__)
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML files to compare")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument(

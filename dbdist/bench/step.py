@@ -6,7 +6,6 @@ loader, and the profiler sums up the step's phases. Without the dataset's files,
 CIFAR's on-disk format take their place. Prints a table and one line of JSON.
 """
 
-import argparse
 import dataclasses
 import json
 import pickle
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dbdist.cli import guarded, parse_config
+from dbdist.cli import OneLineParser, guarded, parse_config
 from dbdist.config import Config
 from dbdist.data import load_dataset
 from dbdist.errors import DataError
@@ -39,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="dbdist.bench.step", description=__doc__)
+    parser = OneLineParser(prog="dbdist.bench.step", description=__doc__)
     parser.add_argument("--block", type=int, default=1, help="the block to train (default: 1)")
     parser.add_argument("--steps", type=int, default=10, help="measured steps (default: 10)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before (default: 2)")
