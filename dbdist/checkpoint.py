@@ -115,18 +115,20 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint | None
         manifest = json.loads((path / "manifest.json").read_text())
         readable = manifest["format"] == FORMAT and manifest["version"] == VERSION
         readable = (
-            readable and isinstance(manifest["step"], int) and isinstance(manifest["model"], dict)
+            readable
+            and manifest["step"] == (step if step is not None else max(complete))
+            and isinstance(manifest["model"], dict)
         )
         for entry in manifest["files"].values():
             readable = (
                 readable and isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)
             )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         readable = False
         manifest = {}
     if not readable:
         raise CheckpointError(
-            f"{path}/manifest.json is damaged or not of format {FORMAT} version {VERSION}; "
+            f"{path}/manifest.json is damaged, of another step or not {FORMAT} version {VERSION}; "
             "remove this folder to fall back on an older checkpoint"
         )
     return Checkpoint(path, manifest)
@@ -215,7 +217,8 @@ class CheckpointWriter:
             out.flush()
             os.fsync(out.fileno())
         os.replace(partial, path / "manifest.json")
-        complete = sorted(p for p in _folders(self.folder) if (p / "manifest.json").is_file())
+        complete = [p for p in _folders(self.folder) if (p / "manifest.json").is_file()]
+        complete.sort(key=lambda p: int(p.name.removeprefix("step-")))
         for old in complete[: -self.keep_last]:
             (old / "manifest.json").unlink()  # from here on it is no checkpoint
             shutil.rmtree(old)

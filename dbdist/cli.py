@@ -13,7 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    Namespace,
+    set_parsing_settings,
+)
 
 from dbdist.config import Config
 from dbdist.errors import ConfigError, UserError
@@ -91,15 +98,23 @@ def parse_config(
     exits.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser = ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument(
         "--config", action=ActionConfigFile, help="YAML file; later options override it."
     )
     parser.add_class_arguments(Config)
     try:
-        values = parser.instantiate(parser.parse_args([*(first or []), *_with_values(argv)]))
+        parsed = parser.parse_args([*(first or []), *_with_values(argv)])
+        for section, _ in _sections(Config):
+            if not isinstance(parsed.get(section), Namespace):
+                raise ConfigError(f"{section} is {parsed.get(section)!r}; it must hold its keys")
+        values = parser.instantiate(parsed)
     except ArgumentError as error:
         raise ConfigError(explain(str(error))) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the configuration is not a text file ({error})") from None
     return Config(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Config)})
 
 
@@ -146,20 +161,28 @@ def _launch() -> "Launch":
 
 
 def _unknown(kind: str, given: str, known: list[str], dashes: str = "") -> str:
-    nearest = difflib.get_close_matches(given, known, n=1, cutoff=0.3)
-    if not nearest:  # the right name under the wrong section
-        nearest = [k for k in known if k.rpartition(".")[2] == given.rpartition(".")[2]][:1]
+    # The right name under the wrong section comes before a similar one.
+    leaf = given.rpartition(".")[2]
+    nearest = [k for k in known if k.rpartition(".")[2] == leaf][:1]
+    nearest = nearest or difflib.get_close_matches(given, known, n=1, cutoff=0.3)
     hint = f"; did you mean {dashes}{nearest[0]}?" if nearest else "; see --help"
     return f"unknown {kind} {dashes}{given}{hint}"
 
 
-def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the configuration."""
+def _sections(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, dataclass) of every section of the configuration, nested ones included."""
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(field.type):
-            yield from _keys(field.type, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}"
+            yield f"{prefix}{field.name}", field.type
+            yield from _sections(field.type, f"{prefix}{field.name}.")
+
+
+def _keys(kind: Any) -> Iterator[str]:
+    """Every dotted key of the configuration."""
+    for prefix, section in (("", kind), *((f"{name}.", s) for name, s in _sections(kind))):
+        for field in dataclasses.fields(section):
+            if not dataclasses.is_dataclass(field.type):
+                yield f"{prefix}{field.name}"
 
 
 def _with_values(argv: list[str]) -> list[str]:
@@ -175,14 +198,29 @@ def _with_values(argv: list[str]) -> list[str]:
 
 def write_yaml(config: Config, path: Path) -> None:
     """The resolved configuration, readable by --config."""
-    import yaml
-
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+    values = _plain(dataclasses.asdict(config))
+    partial.write_text(yaml.dump(values, Dumper=_QuotingDumper, sort_keys=False))
     os.replace(partial, path)
+
+
+class _QuotingDumper(yaml.SafeDumper):
+    """Quotes every string: `1e3` is a fine name for a run, and no number."""
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'")
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {_Key(k): _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+class _Key(str):
+    """A key, which needs no quotes."""
+
+
+_QuotingDumper.add_representer(str, _quoted)
+_QuotingDumper.add_representer(_Key, lambda dumper, key: dumper.represent_str(str(key)))

@@ -5,6 +5,7 @@ wins over both (dbdist/cli.py parses). `Config.validate()` holds the checks that
 processes.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -245,7 +246,8 @@ class Config:
     """Names every random stream: initial weights, data order, noise, dropout."""
     mode: Mode = "block_parallel"
     """One block per rank, all at once; one process training one random block a step, as published;
-    or plain backpropagation through all layers."""
+    or plain backpropagation through all layers, where noise, task, sampler and the cut into blocks
+    mean nothing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda when there is a GPU."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -277,7 +279,9 @@ class Config:
 
     @property
     def mlp_size(self) -> int:
-        return self.model.mlp_size or 4 * self.model.hidden_size
+        if self.model.mlp_size is None:
+            return 4 * self.model.hidden_size
+        return self.model.mlp_size
 
     @property
     def sampler_steps(self) -> int:
@@ -407,7 +411,7 @@ class Config:
             ("epochs", t.epochs),
             ("clip_norm", t.clip_norm),
         ):
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"train.{key} is {value}; it must be greater than 0")
         _between(
             0,
@@ -433,8 +437,8 @@ class Config:
     def _validate_parallel(self) -> None:
         p = self.parallel
         _at_least(1, parallel__replicas=p.replicas, parallel__sync_every=p.sync_every)
-        if not p.timeout_s > 0:
-            raise ConfigError(f"parallel.timeout_s is {p.timeout_s}; it must be greater than 0")
+        if not 0 < p.timeout_s < 1e7:
+            raise ConfigError(f"parallel.timeout_s is {p.timeout_s}; it must lie between 0 and 1e7")
         if not p.outer_lr > 0:
             raise ConfigError(f"parallel.outer_lr is {p.outer_lr}; it must be greater than 0")
         if not 0 <= p.outer_momentum < 1:
@@ -450,11 +454,11 @@ class Config:
                 "parallel.coordinator: dedicated has nothing to do with parallel.sync: never; "
                 "use colocated"
             )
-        if self.mode != "block_parallel" and (p.replicas != 1 or p.coordinator != "colocated"):
+        defaults = (1, "colocated", "step")
+        if self.mode != "block_parallel" and (p.replicas, p.coordinator, p.sync) != defaults:
             raise ConfigError(
-                "parallel.replicas and parallel.coordinator belong to mode block_parallel, not "
-                f"{self.mode} "
-                "(end_to_end makes every process of torchrun a replica)"
+                "parallel.replicas, coordinator and sync belong to mode block_parallel, not "
+                f"{self.mode} (end_to_end makes every process of torchrun a replica)"
             )
 
     def _validate_sampler(self) -> None:
@@ -471,7 +475,7 @@ class Config:
                 f"sampler.num_draws is {s.num_draws}, but sampler.start: mean draws nothing; use "
                 "start: noise"
             )
-        if s.guidance_scale < 0:
+        if not 0 <= s.guidance_scale < math.inf:
             raise ConfigError(
                 f"sampler.guidance_scale is {s.guidance_scale}; it must be at least 0"
             )

@@ -24,7 +24,7 @@ def run(argv: list[str]) -> None:
     parser = OneLineParser(
         prog="dbdist export",
         description=__doc__,
-        epilog="Further options: as for dbdist evaluate, e.g. --sampler.num_steps 12, --eval.step 50.",
+        epilog="Further options as for evaluate: --sampler.num_steps 12, --eval.step 50, …",
     )
     parser.add_argument("run_dir", metavar="RUN", help="folder of a trained run")
     parser.add_argument("out", metavar="OUT", help="folder to write")
@@ -45,6 +45,7 @@ def export(config: Config, out: Path) -> None:
     sampler = {
         **asdict(config.sampler),
         "num_steps": config.sampler_steps,
+        "seed": config.seed,
         "readout": list(config.readout_blocks),
     }
     schedule = None if config.mode == "end_to_end" else config.noise_schedule()

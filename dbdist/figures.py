@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from dbdist.monitor import SigmaHistogram
+from dbdist.histogram import SigmaHistogram
 from dbdist.noise import NoiseSchedule
 
 INK, FAINT, BARS, LINE = "#2b2b33", "#9a9aa5", "#c3cbe6", "#c8553d"

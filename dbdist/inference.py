@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dbdist.data.datasets import DatasetSpec, normalize
 from dbdist.denoiser import Denoiser
-from dbdist.errors import CheckpointError
+from dbdist.errors import CheckpointError, UserError
 from dbdist.models import vit
 from dbdist.noise import NoiseSchedule
 from dbdist.sampler import Sampler
@@ -28,6 +28,16 @@ from dbdist.tasks.classification import ClassReadout
 
 FORMAT = "dbdist-model"
 VERSION = 1
+_WRONG_VALUES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a description of another shape than ours ends in."""
 
 
 class BlockwiseClassifier(nn.Module):
@@ -40,23 +50,28 @@ class BlockwiseClassifier(nn.Module):
         sampler: Sampler,
         normalized: bool,
         readout: tuple[int, ...],
-    ):
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.denoisers = nn.ModuleList(denoisers)
         self.sampler = sampler
         self.normalized = normalized
         self.readout = readout
+        self.seed = seed
 
     @torch.no_grad()
-    def forward(self, images: Tensor, seed: int = 0) -> Tensor:
-        """Class probabilities (N, K) of normalised images."""
+    def forward(self, images: Tensor, batch_idx: int = 0) -> Tensor:
+        """Class probabilities (N, K) of normalised images. batch_idx: names the noise they start
+        from, where they start from noise."""
         answers, z = [], None
         for block, denoiser in enumerate(self.denoisers):
             assert isinstance(denoiser, Denoiser)
             table = denoiser.shared.label_table
             if z is None:
-                z = self.sampler.initial_state(len(images), table.shape[1:], seed, 0, table.dtype)
-                z = z.to(table.device)
+                shape = tuple(table.shape[1:])
+                z = self.sampler.initial_state(
+                    len(images), shape, self.seed, batch_idx, table.dtype
+                ).to(table.device)
             task = ClassReadout(table, self.normalized)
             z, answer = self.sampler.run_block(block, denoiser, task, images, z)
             answers.append(answer)
@@ -79,16 +94,19 @@ class LoadedModel:
     def predict_proba(self, images: Any, batch_size: int = 256) -> Tensor:
         """Class probabilities (N, K).
 
-        images: tensor or array (N, C, S, S), or (N, S, S) with one channel: uint8, or float in [0,
-        1]. Raises ValueError for another shape or range.
+        images: tensor or array (N, C, S, S), or (N, S, S) with one channel; uint8, or float from 0
+        to 1. Raises ValueError for another shape or range.
         """
         pixels = normalize(torch.as_tensor(images), self.spec)
         dtype = next(self.network.parameters()).dtype
-        parts = [self.network(part.to(self.device, dtype)) for part in pixels.split(batch_size)]
-        if not parts:
-            return torch.empty(0, self.spec.num_classes)
-        answer = torch.cat(parts).cpu()
-        return answer if isinstance(self.network, BlockwiseClassifier) else answer.softmax(dim=-1)
+        answers = [torch.empty(0, self.spec.num_classes, dtype=dtype)]
+        for batch_idx, part in enumerate(pixels.split(batch_size) if len(pixels) else ()):
+            part = part.to(self.device, dtype)
+            if isinstance(self.network, BlockwiseClassifier):
+                answers.append(self.network(part, batch_idx).cpu())
+            else:
+                answers.append(self.network(part).softmax(dim=-1).cpu())
+        return torch.cat(answers)
 
 
 def save_model(out: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -118,7 +136,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Lo
         raise CheckpointError(
             f"{folder} holds no exported model (config.json); `dbdist export RUN OUT` makes one"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{folder}/config.json cannot be read ({error}); export the model again"
         ) from None
@@ -128,16 +146,27 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Lo
         or config.get("version") != VERSION
     ):
         raise CheckpointError(f"{folder}/config.json is not of format {FORMAT} version {VERSION}")
-    weights = load_weights(folder / "model.safetensors")
+    file = folder / "model.safetensors"
+    weights = load_weights(file)
+    dtypes = {tensor.dtype for tensor in weights.values()}
+    if len(dtypes) != 1 or not (dtype := dtypes.pop()).is_floating_point:
+        raise CheckpointError(f"{file} does not hold the weights of a model")
     try:
         spec = _dataset_spec(config["data"])
-        network = _build(config, device, next(iter(weights.values())).dtype)
-    except (KeyError, TypeError, ValueError, StopIteration) as error:
+        network = _build(config, device, dtype)
+    except (UserError, *_WRONG_VALUES) as error:
         raise CheckpointError(
-            f"{folder}/config.json is incomplete ({error!r}); export the model again"
+            f"{folder}/config.json does not describe a model ({error!r}); export it again"
         ) from None
-    fill(network, network_weights(network, weights), folder / "model.safetensors")
-    return LoadedModel(network, spec, device)
+    fill(network, network_weights(network, weights), file)
+    model = LoadedModel(network, spec, device)
+    try:  # whatever is wrong shows now, and not at the first image of the user's
+        model.predict(torch.zeros(1, spec.channels, spec.image_size, spec.image_size))
+    except (UserError, *_WRONG_VALUES) as error:
+        raise CheckpointError(
+            f"{folder}/config.json does not fit its weights ({error!r}); export the model again"
+        ) from None
+    return model
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -179,14 +208,16 @@ def network_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[s
     if not isinstance(network, BlockwiseClassifier):
         named = {f"block.{k}" if k.startswith("layers.") else k: v for k, v in weights.items()}
         return named
-    own = {}
+    own, used = {}, set()
     for name, _ in network.named_parameters():
         _, block, part, rest = name.split(".", 3)
         exported = f"shared.{rest}" if part == "shared" else rest
         private = f"block-{block}.{exported}"
-        if (tensor := weights.get(private, weights.get(exported))) is not None:
-            own[name] = tensor
-    return own
+        found = private if private in weights else exported
+        if found in weights:
+            own[name] = weights[found]
+            used.add(found)
+    return own | {name: weights[name] for name in weights.keys() - used}
 
 
 def describe(
@@ -225,7 +256,10 @@ def _build(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> 
         return vit.PlainViT(shared, block).to(dtype)
     schedule = NoiseSchedule(**config["noise"])
     options = dict(config["sampler"])
-    normalized, readout = options.pop("label_table") == "normalized", tuple(options.pop("readout"))
+    seed, readout = options.pop("seed", 0), tuple(options.pop("readout"))
+    table = options.pop("label_table")
+    if table not in ("normalized", "raw") or options["start"] not in ("mean", "noise"):
+        raise ValueError(f"label_table {table!r}, start {options['start']!r}")
     if options.get("blocks") is not None:
         options["blocks"] = tuple(options["blocks"])
     common = vit.build_shared(architecture, None, device)
@@ -237,6 +271,5 @@ def _build(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> 
         )
         for indices in layers
     ]
-    return BlockwiseClassifier(denoisers, Sampler(schedule, **options), normalized, readout).to(
-        dtype
-    )
+    sampler = Sampler(schedule, **options)
+    return BlockwiseClassifier(denoisers, sampler, table == "normalized", readout, seed).to(dtype)

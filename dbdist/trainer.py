@@ -35,9 +35,10 @@ from dbdist.data import BatchStream, ImageDataset
 from dbdist.ema import Ema
 from dbdist.errors import ConfigError, TopologyError, UserError
 from dbdist.evaluation import Evaluation, Model, evaluate
+from dbdist.histogram import SigmaHistogram
 from dbdist.inference import fill
 from dbdist.models.vit import Block
-from dbdist.monitor import Monitor, Ownership, SigmaHistogram, peak_memory_mb
+from dbdist.monitor import Monitor, Ownership, peak_memory_mb
 from dbdist.parallel.coordinator import Averaged, Coordinated, Private, SharedSync
 from dbdist.parallel.mailbox import Mailbox
 from dbdist.parallel.replicas import Replicas

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dbdist.figures import histogram_figure, partition_figure, pixels
-from dbdist.monitor import SigmaHistogram
+from dbdist.histogram import SigmaHistogram
 from dbdist.noise import NoiseSchedule
 
 

@@ -308,7 +308,7 @@ def mutations(value, path=()):
     """(where, replacement) for every place in a JSON value: removed, or of another type or sign."""
     if path:
         yield path, "removed"
-        for other in (None, -1, 0, "x", []):
+        for other in (None, -1, 0, "x"):
             if other != value:
                 yield path, other
     if isinstance(value, dict):

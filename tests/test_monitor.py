@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dbdist.monitor import Monitor, Ownership, SigmaHistogram, human_bytes, peak_memory_mb
+from dbdist.histogram import SigmaHistogram
+from dbdist.monitor import Monitor, Ownership, human_bytes, peak_memory_mb
 from dbdist.noise import NoiseSchedule
 
 SCHEDULE = NoiseSchedule(2, p_mean=0.0)
