@@ -85,8 +85,8 @@ class NoiseConfig:
     """The distribution of noise levels in training, ln sigma ~ N(p_mean, p_std^2), and its
     partition."""
 
-    p_mean: float = 0.0
-    """Mean of ln sigma. The published value is -1.2."""
+    p_mean: float = 0.5
+    """Mean of ln sigma; label embeddings have length 1. The published value is -1.2."""
     p_std: float = 1.2
     """Standard deviation of ln sigma; > 0."""
     sigma_min: float = 0.002

@@ -19,9 +19,9 @@ from dbdist.data import load_dataset, prepare
 from dbdist.errors import CheckpointError, ConfigError, TopologyError
 from dbdist.evaluation import Evaluation, Model, evaluate
 from dbdist.parallel.topology import Launch, Layout, Topology, build_topology
+from dbdist.rank_state import describe_model
 from dbdist.restore import load_block
 from dbdist.run_dir import read_config, write_evaluation
-from dbdist.trainer import describe_model
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,7 +83,7 @@ def evaluate_run(config: Config, topology: Topology) -> Evaluation:
         checkpoint = find_checkpoint(run_dir, config.eval.step)
         if checkpoint is None:
             raise CheckpointError(f"{run_dir} has no complete checkpoint; train it first")
-        checkpoint.check_fits(describe_model(config, test_set))
+        checkpoint.check_fits(describe_model(config, test_set.spec))
         sizes = build.architecture(config, test_set.spec)
 
         def load(block: int) -> Model:

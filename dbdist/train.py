@@ -63,7 +63,7 @@ def train(config: Config, topology: Topology) -> Evaluation:
             claim(config)
     with topology.agree("building the model"):
         trainer = Trainer(config, topology, train_set, test_set, checkpoint)
-    rows = topology.gather(trainer.ownership())
+    rows = topology.gather(trainer.state.ownership())
     monitor = None
     if topology.is_coordinator:
         monitor = Monitor(

@@ -68,14 +68,16 @@ def run(argv: list[str]) -> None:
 
 def measure(config: Config, block: int, warmup: int, steps: int) -> dict[str, Any]:
     """Medians over steps of each phase's milliseconds and share of the step."""
-    trainer = _Alone(config, block)
+    trainer = _build(config, block)
     for step in range(warmup):
-        trainer.one_step(step)
+        trainer.train_step(step)
+        _synchronize()
     walls: list[float] = []
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for step in range(warmup, warmup + steps):
             start = time.perf_counter()
-            trainer.one_step(step)
+            trainer.train_step(step)
+            _synchronize()
             walls.append(1e3 * (time.perf_counter() - start))
     peak = peak_memory_mb(trainer.topology.device)
     trainer.close()
@@ -104,29 +106,25 @@ def measure(config: Config, block: int, warmup: int, steps: int) -> dict[str, An
     }
 
 
-class _Alone(Trainer):
+def _build(config: Config, block: int) -> Trainer:
     """The trainer of one block, in a world of its own."""
+    if config.mode == "block_parallel":
+        config = dataclasses.replace(
+            config, parallel=dataclasses.replace(config.parallel, sync="never")
+        )
+    device, _ = choose_device(config.device, Launch(0, 1, 0, 1))
+    blocks = [0] if config.mode == "end_to_end" else [block]
+    train_set = load_dataset(config.data, "train")
+    trainer = Trainer(
+        config, Topology(Layout(1), device=device), train_set, train_set, blocks=blocks
+    )
+    trainer.state.set_training(True)
+    return trainer
 
-    def __init__(self, config: Config, block: int) -> None:
-        self._only = block
-        if config.mode == "block_parallel":
-            parallel = dataclasses.replace(config.parallel, sync="never")
-            config = dataclasses.replace(config, parallel=parallel)
-        device, _ = choose_device(config.device, Launch(0, 1, 0, 1))
-        train_set = load_dataset(config.data, "train")
-        super().__init__(config, Topology(Layout(1), device=device), train_set, train_set)
-        self._set_training(True)
 
-    def one_step(self, step: int) -> None:
-        self._train_step(self.blocks[0], float(step))
-        if self.topology.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def close(self) -> None:
-        self.blocks[0].batches.close()
-
-    def _owned_indices(self) -> list[int]:
-        return [0] if self.config.mode == "end_to_end" else [self._only]
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def write_random_cifar100(root: Path, num_train: int, num_test: int = 64) -> None:

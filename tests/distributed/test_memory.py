@@ -66,10 +66,10 @@ def peaks_of_rank(rank, options):
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
     with LiveBytes() as setup:
         trainer = Trainer(config, topology, *data)
-    parameters = sum(p.numel() for o in trainer.blocks for p in o.module.parameters())
+    parameters = sum(p.numel() for o in trainer.state.blocks for p in o.module.parameters())
     trainer.fit(None)
     names = sorted(
-        {n.split(".")[1] for o in trainer.blocks for n, _ in o.module.named_parameters()}
+        {n.split(".")[1] for o in trainer.state.blocks for n, _ in o.module.named_parameters()}
     )
     return setup.peak, parameters, names
 

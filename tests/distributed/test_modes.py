@@ -27,12 +27,16 @@ def test_sequential_trains_one_random_block_a_step_and_leaves_the_others_alone(t
     trainer = trained(tmp_path, "mode=sequential", "train.max_steps=1", "train.weight_decay=0.5")
     generator = seeds.generator(0, "block")
     order = torch.randint(3, (3,), generator=generator).tolist()
-    assert [owned.steps_done for owned in trainer.blocks] == [order.count(b) for b in range(3)]
-    untrained = [owned for owned in trainer.blocks if owned.index not in order]
+    assert [trainee.steps_done for trainee in trainer.trainees] == [
+        order.count(b) for b in range(3)
+    ]
+    untrained = [owned for owned in trainer.state.blocks if owned.index not in order]
     fresh = Trainer(trainer.config, trainer.topology, trainer.train_set, trainer.test_set)
     for owned in untrained:  # not even decayed
         for a, b in zip(
-            owned.module.parameters(), fresh.blocks[owned.index].module.parameters(), strict=True
+            owned.module.parameters(),
+            fresh.state.blocks[owned.index].module.parameters(),
+            strict=True,
         ):
             assert torch.equal(a, b)
 
@@ -46,22 +50,26 @@ def test_activation_checkpointing_and_accumulation_change_no_weight(tmp_path, fl
         "train.activation_checkpointing=true",
     )
     for a, b in zip(
-        plain.blocks[0].module.parameters(), frugal.blocks[0].module.parameters(), strict=True
+        plain.state.blocks[0].module.parameters(),
+        frugal.state.blocks[0].module.parameters(),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 def test_bf16_keeps_parameters_and_losses_in_float32(tmp_path):
     trainer = trained(tmp_path, "mode=sequential", "train.precision=bf16")
-    assert {p.dtype for p in trainer._all_parameters().values()} == {torch.float32}
+    assert {p.dtype for p in trainer.state.parameters.values()} == {torch.float32}
     exact = trained(tmp_path / "exact", "mode=sequential")
-    for a, b in zip(trainer.blocks, exact.blocks, strict=True):
+    for a, b in zip(trainer.state.blocks, exact.state.blocks, strict=True):
         for p, q in zip(a.module.parameters(), b.module.parameters(), strict=True):
             assert torch.isfinite(p).all()
             assert (p - q).abs().max() < 4 * 0.01 * 4, "at most lr a step apart"
     assert not all(
         torch.equal(p, q)
-        for p, q in zip(trainer.shared.parameters(), exact.shared.parameters(), strict=True)
+        for p, q in zip(
+            trainer.state.shared.parameters(), exact.state.shared.parameters(), strict=True
+        )
     ), "bf16 was on"
 
 
@@ -73,7 +81,7 @@ def test_the_learning_rate_warms_up_then_follows_half_a_cosine(tmp_path):
         "train.max_steps=14",
     )
     trainer = trained(tmp_path, "mode=sequential", *options, "train.min_lr_ratio=0.2")
-    optimizer = trainer.blocks[0].optimizer
+    optimizer = trainer.state.blocks[0].optimizer
 
     def lr(step):
         trainer._set_lr(float(step))

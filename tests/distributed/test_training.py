@@ -11,6 +11,7 @@ from ranks import config_of
 from dbdist import build, seeds
 from dbdist.data import BatchStream, load_dataset
 from dbdist.noise import NoiseSchedule
+from dbdist.parallel.topology import Layout
 from dbdist.trainer import Trainer, layout_of
 
 STEPS = 5
@@ -24,11 +25,8 @@ def train_rank(rank, options, steps=None):
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
     trainer = Trainer(config, topology, *data)
     evaluation = trainer.fit(None)
-    weights = {f"shared.{n}": p.detach() for n, p in trainer.shared.named_parameters()}
-    for owned in trainer.blocks:
-        weights |= {n: p.detach() for n, p in owned.module.named_parameters()}
-    meter = topology.meter
-    return {k: v.tolist() for k, v in weights.items()}, dict(meter.received), evaluation
+    weights = {k: v.tolist() for k, v in trainer.state.parameters.items()}
+    return weights, dict(topology.meter.received), evaluation
 
 
 def tensors(weights):
@@ -161,7 +159,7 @@ def test_three_ranks_equal_the_single_process_computation(ranks, tmp_path, float
 
 @pytest.mark.parametrize("sync", ["step", "every"])
 def test_dedicated_and_colocated_coordinator_agree_bit_for_bit(ranks, tmp_path, sync):
-    more = ("parallel.sync_every=2",)
+    more = ("parallel.sync_every=2", "train.ema_decay=0.5", "train.schedule=cosine")
     colocated = ranks.run(3, train_rank, options_for(tmp_path / "c", sync, *more))
     options = options_for(tmp_path / "d", sync, *more, "parallel.coordinator=dedicated")
     dedicated = ranks.run(4, train_rank, options)
@@ -173,27 +171,13 @@ def test_dedicated_and_colocated_coordinator_agree_bit_for_bit(ranks, tmp_path, 
 
 def train_alone(rank, options, block):
     """Block `block` of three, trained by a process that has never met another."""
-    import dbdist.trainer as trainer_module
-
-    class Alone(Trainer):
-        def _owned_indices(self):
-            return [block]
-
-        def evaluate(self, step):
-            return None
-
     torch.set_default_dtype(torch.float64)
     config = config_of(*options)
-    topology = rank.join(trainer_module.Layout(1))
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
-    trainer = Alone(config, topology, *data)
-    trainer.order = [[0]] * trainer.max_steps
+    trainer = Trainer(config, rank.join(Layout(1)), *data, blocks=[block])
     for step in range(trainer.max_steps):
-        for owned in trainer._turns(step):
-            trainer._train_step(owned, float(step))
-    weights = {f"shared.{n}": p.detach() for n, p in trainer.shared.named_parameters()}
-    weights |= {n: p.detach() for n, p in trainer.blocks[0].module.named_parameters()}
-    return {k: v.tolist() for k, v in weights.items()}
+        trainer.train_step(step)
+    return {k: v.tolist() for k, v in trainer.state.parameters.items()}
 
 
 def test_never_equals_separate_runs_bit_for_bit_and_moves_no_byte(ranks, tmp_path):
