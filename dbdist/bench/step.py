@@ -67,7 +67,7 @@ def run(argv: list[str]) -> None:
 
 
 def measure(config: Config, block: int, warmup: int, steps: int) -> dict[str, Any]:
-    """Medians over steps of each phase's milliseconds and share of the step."""
+    """Means over steps of each phase's milliseconds and share of the step."""
     trainer = _build(config, block)
     for step in range(warmup):
         trainer.train_step(step)
@@ -101,7 +101,7 @@ def measure(config: Config, block: int, warmup: int, steps: int) -> dict[str, An
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
-        else platform.processor(),
+        else platform.machine(),
         "torch": torch.__version__,
     }
 
