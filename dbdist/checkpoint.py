@@ -32,6 +32,8 @@ from dbdist.parallel.topology import Topology
 FORMAT = "dbdist-checkpoint"
 VERSION = 1
 SHARED = "shared.safetensors"
+PREFIX = "shared."
+"""In a block's file, before the names of shared modules that this block keeps for itself."""
 FOLDER = re.compile(r"step-(\d{8,})")
 Files = Mapping[str, Mapping[str, Tensor]]
 """File name -> parameter name -> tensor."""
@@ -49,6 +51,12 @@ def optimizer_file(file: str) -> str:
 def ema_file(file: str) -> str:
     """The averaged weights that go with a weights file."""
     return file.replace(".safetensors", ".ema.safetensors")
+
+
+def split_private(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the layers in a block's file, the shared modules that stand there under PREFIX)."""
+    private = {k.removeprefix(PREFIX): t for k, t in tensors.items() if k.startswith(PREFIX)}
+    return {k: t for k, t in tensors.items() if not k.startswith(PREFIX)}, private
 
 
 @dataclass(frozen=True)
@@ -170,14 +178,15 @@ class CheckpointWriter:
             raise CheckpointError(
                 f"{path} cannot be written ({error.strerror}); earlier checkpoints are untouched"
             ) from None
-        self._about[step] = about
+        if self._topology.is_coordinator:
+            self._about[step] = about
         if self._topology.rank in self._writers:
             self._mailbox.post({"step": step, "files": entries})
         self.poll()
 
     def poll(self) -> None:
         """On the coordinator: completes every checkpoint whose parts have all arrived."""
-        if not self._topology.is_coordinator:
+        if not self._about:
             return
         for rank, message in self._mailbox.collect():
             self._arrived.setdefault(message["step"], {})[rank] = message["files"]
@@ -201,6 +210,12 @@ class CheckpointWriter:
     def _complete(self, step: int, parts: dict[int, dict[str, Any]], about: dict[str, Any]) -> None:
         path = self.folder / f"step-{step:08d}"
         files = {name: entry for rank in sorted(parts) for name, entry in parts[rank].items()}
+        for name, entry in files.items():
+            if not (path / name).is_file() or (path / name).stat().st_size != entry["bytes"]:
+                raise CheckpointError(
+                    f"{path / name} was written by another rank but is not here; "
+                    "run_dir must be one folder that all nodes share"
+                )
         manifest = {
             "format": FORMAT,
             "version": VERSION,

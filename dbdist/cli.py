@@ -84,7 +84,10 @@ def guarded(prog: str, run: Callable[[], None]) -> None:
         fail(prog, error)
     except KeyboardInterrupt:
         if _launch().rank == 0:
-            print(f"\n{prog}: interrupted; the same command continues", file=sys.stderr)
+            print(
+                f"\n{prog}: interrupted; the same command continues from the newest checkpoint",
+                file=sys.stderr,
+            )
         os._exit(130)
 
 

@@ -135,6 +135,8 @@ class PublishedViT(nn.Module):
         if label_table not in ("raw", "normalized"):
             raise ValueError(f"label_table is {label_table!r}; it must be 'raw' or 'normalized'")
         blocks = published_block_of_step(self.schedule, num_steps)
+        if num_steps == 1:  # the published grid of one point is sigma_min
+            return self.denoise(blocks[0], images, z_init, self.schedule.sigma_min, cfg_scale)
         sampler = Sampler(self.schedule, num_steps, guidance_scale=cfg_scale, blocks=tuple(blocks))
         task = _LogitReadout(self.shared.label_table, label_table == "normalized")
         z, logits = z_init, None
@@ -222,7 +224,7 @@ def import_published(
         name if name.startswith("shared.") else name.split(".", 2)[2]: tensor.detach()
         for name, tensor in model.named_parameters()
     }
-    num_steps = max(sizes.num_blocks, 2)
+    num_steps = max(sizes.num_blocks, 2)  # published: as many as blocks; a single one is useless
     sampler = {
         "num_steps": num_steps,
         "start": "noise",

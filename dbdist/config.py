@@ -104,7 +104,7 @@ class TaskConfig:
     """Task: denoise the label embedding of an image."""
     weighting: Literal["none", "per_sample", "published"] = "none"
     """Loss: mean cross-entropy; times the EDM weight of each sample's sigma; or, as published,
-    mean cross-entropy times mean weight."""
+    mean cross-entropy times mean weight (of each part of an accumulated or replicated batch)."""
     condition_dropout: float = 0.0
     """Probability of replacing a training image by zeros, the unconditional input of guidance; 0 to
     1."""
@@ -162,11 +162,11 @@ class TrainConfig:
     clip_norm: float | None = 1.0
     """Largest global norm of the gradients of a block and its shared modules; null: no clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute type of the backbone (autocast); parameters, noise and loss stay in fp32."""
+    """Compute type of the backbone (autocast), also in evaluation; the rest stays in fp32."""
     activation_checkpointing: bool = False
     """Recompute layers in backward instead of keeping activations: less memory, more time."""
     ema_decay: float = 0.0
-    """Decay per step of the averaged weights that evaluation and export then use; 0: off."""
+    """Decay, per optimizer step, of averaged weights for evaluation and export; 0: off."""
     log_every: int = 10
     """Steps between lines of metrics."""
 
@@ -311,6 +311,7 @@ class Config:
         self._validate_model()
         self._validate_train()
         self._validate_parallel()
+        self.noise_schedule()
         if self.mode != "end_to_end":
             self._validate_sampler()
         _at_least(
@@ -389,6 +390,8 @@ class Config:
             train__log_every=t.log_every,
         )
         _at_least(0, train__warmup_steps=t.warmup_steps, train__weight_decay=t.weight_decay)
+        if t.schedule == "constant" and t.min_lr_ratio != 0:
+            raise ConfigError("train.min_lr_ratio needs train.schedule: cosine")
         if t.schedule_steps is not None:
             _at_least(1, train__schedule_steps=t.schedule_steps)
             if t.schedule != "cosine":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from dbdist import build
 from dbdist.checkpoint import find_checkpoint
@@ -17,13 +18,14 @@ from dbdist.cli import guarded, parse_config
 from dbdist.config import Config
 from dbdist.data import load_dataset, prepare
 from dbdist.errors import CheckpointError, ConfigError, TopologyError
-from dbdist.evaluation import Evaluation, Model, evaluate
+from dbdist.evaluation import Evaluation, Model, check_test_set, evaluate
 from dbdist.parallel.topology import Launch, Layout, Topology, build_topology
 from dbdist.rank_state import describe_model
 from dbdist.restore import load_block
 from dbdist.run_dir import read_config, write_evaluation
 
 
+@record
 def main(argv: list[str] | None = None) -> None:
     guarded("dbdist evaluate", lambda: run(sys.argv[1:] if argv is None else argv))
 
@@ -78,6 +80,7 @@ def evaluate_run(config: Config, topology: Topology) -> Evaluation:
             prepare(config.data)
     with topology.agree("loading the data"):
         test_set = load_dataset(config.data, "test")
+        check_test_set(config, test_set)
     own: dict[int, Model] = {}
     with topology.agree("reading the checkpoint"):
         checkpoint = find_checkpoint(run_dir, config.eval.step)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dbdist.build import build_sampler
 from dbdist.config import Config
-from dbdist.data import ImageDataset, test_batches
+from dbdist.data import ImageDataset, num_test_samples, test_batches
 from dbdist.denoiser import Denoiser
+from dbdist.errors import ConfigError
 from dbdist.models.vit import PlainViT
 from dbdist.parallel.chain import Chain
 from dbdist.parallel.topology import Topology
@@ -25,12 +26,13 @@ from dbdist.tasks.classification import ClassReadout
 
 Model = Denoiser | PlainViT
 Scores = Tensor
-"""float64 (num_blocks + 1, 2): correct answers and samples after each block, then of the whole."""
+"""float64 (num_blocks, 2): correct answers and samples after each block."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The content of RUN/evaluation.json."""
+    """The content of RUN/evaluation.json. The accuracy after a block is that of the chain if it
+    ended there; the last one is the accuracy of the whole."""
 
     accuracy: float
     accuracy_after_block: list[float]
@@ -54,12 +56,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Answers:
-    """A micro-batch after one block: labels, this block's class probabilities, and after the last
-    block the answer of the whole."""
+    """A micro-batch after one block: labels, and class probabilities if the chain ended here."""
 
     labels_N: Tensor
-    of_block_NK: Tensor
-    final_NK: Tensor | None
+    answer_NK: Tensor
 
 
 def chain_answers(
@@ -90,8 +90,8 @@ def chain_answers(
         images, labels = micro.load(i)
         z, answer_sum = rows[:, :state_size].reshape(-1, width), rows[:, state_size:]
         z, answer = sampler.run_block(topology.block or 0, denoiser, task, images, z)
-        answer_sum, final = _read_out(config, topology.block or 0, answer, answer_sum)
-        results.append(Answers(labels, answer, final))
+        answer_sum, answer = _read_out(config, topology.block or 0, answer, answer_sum)
+        results.append(Answers(labels, answer))
         return torch.cat([z.reshape(len(labels), -1), answer_sum], dim=1)
 
     shape = (state_size + (num_classes if accumulate else 0),)
@@ -127,8 +127,8 @@ def process_answers(
                     len(labels), len(table), dtype=table.dtype, device=topology.device
                 )
             states[i], answer = sampler.run_block(block, denoiser, task, images, states[i])
-            sums[i], final = _read_out(config, block, answer, sums[i])
-            yield block, Answers(labels, answer, final)
+            sums[i], answer = _read_out(config, block, answer, sums[i])
+            yield block, Answers(labels, answer)
         del denoiser, table, task
 
 
@@ -146,25 +146,10 @@ def evaluate(
     """
     topology.barrier()
     start = time.perf_counter()
-    num_blocks = config.num_blocks
-    scores = torch.zeros(num_blocks + 1, 2, dtype=torch.float64)
-    if config.mode == "end_to_end":
-        model = model_of_block(0)
-        assert isinstance(model, PlainViT)
-        model.eval()
-        micro = _MicroBatches(config, topology, dataset, model.shared.positions.dtype)
-        for i in range(len(micro.places)):
-            images, labels = micro.load(i)
-            logits = model(images)
-            _count(scores, 0, Answers(labels, logits, logits))
-    elif topology.layout.num_blocks == num_blocks and topology.world_size > 1:
-        if topology.block is not None:
-            denoiser = _denoiser(model_of_block(topology.block))
-            for answers in chain_answers(config, topology, dataset, denoiser):
-                _count(scores, topology.block, answers)
-    else:
-        models = lambda block: _denoiser(model_of_block(block))  # noqa: E731
-        for block, answers in process_answers(config, topology, dataset, models):
+    scores = torch.zeros(config.num_blocks, 2, dtype=torch.float64)
+    is_bf16 = config.train.precision == "bf16"
+    with torch.autocast(topology.device.type, torch.bfloat16, enabled=is_bf16):
+        for block, answers in _answers(config, topology, dataset, model_of_block):
             _count(scores, block, answers)
     if topology.store is not None:
         dist.all_reduce(scores)
@@ -173,22 +158,63 @@ def evaluate(
     elapsed = time.perf_counter() - start
     accuracy = (scores[:, 0] / scores[:, 1]).tolist()
     num_samples = int(scores[-1, 1])
-    s = build_sampler(config)
     return Evaluation(
         accuracy=accuracy[-1],
-        accuracy_after_block=accuracy[:-1],
+        accuracy_after_block=accuracy,
         num_samples=num_samples,
         world_size=topology.world_size,
         samples_per_s=num_samples / elapsed,
-        sampler={}
-        if config.mode == "end_to_end"
-        else {
-            **asdict(config.sampler),
-            "num_steps": s.num_steps,
-            "sigma_start": s.sigmas[0].item(),
-        },
+        sampler=_sampler_used(config),
         step=step,
     )
+
+
+def check_test_set(config: Config, dataset: ImageDataset) -> None:
+    """Raises ConfigError when eval.drop_last leaves no test image."""
+    if num_test_samples(dataset, config.eval.batch_size, config.eval.drop_last) == 0:
+        raise ConfigError(
+            f"eval.drop_last drops all {len(dataset)} test images, fewer than eval.batch_size "
+            f"{config.eval.batch_size}; lower it"
+        )
+
+
+def _answers(
+    config: Config,
+    topology: Topology,
+    dataset: ImageDataset,
+    model_of_block: Callable[[int], Model],
+) -> Iterator[tuple[int, Answers]]:
+    """(block, answers) of everything that this rank scores."""
+    if config.mode == "end_to_end":
+        yield from _plain_answers(config, topology, dataset, model_of_block(0))
+    elif topology.world_size == 1:
+        yield from process_answers(
+            config, topology, dataset, lambda block: _denoiser(model_of_block(block))
+        )
+    elif topology.block is not None:
+        denoiser = _denoiser(model_of_block(topology.block))
+        for answers in chain_answers(config, topology, dataset, denoiser):
+            yield topology.block, answers
+
+
+def _plain_answers(
+    config: Config, topology: Topology, dataset: ImageDataset, model: Model
+) -> Iterator[tuple[int, Answers]]:
+    assert isinstance(model, PlainViT)
+    model.eval()
+    micro = _MicroBatches(config, topology, dataset, model.shared.positions.dtype)
+    for i in range(len(micro.places)):
+        images, labels = micro.load(i)
+        yield 0, Answers(labels, model(images))
+
+
+def _sampler_used(config: Config) -> dict[str, Any]:
+    """The sampler with its defaults resolved; empty for the plain ViT, which has none."""
+    if config.mode == "end_to_end":
+        return {}
+    sampler = build_sampler(config)
+    resolved = {"num_steps": sampler.num_steps, "sigma_start": sampler.sigmas[0].item()}
+    return {**asdict(config.sampler), **resolved}
 
 
 class _MicroBatches:
@@ -200,7 +226,7 @@ class _MicroBatches:
     ) -> None:
         e = config.eval
         self._config, self._device, self._dtype = config, topology.device, dtype
-        num_samples = len(dataset) - (len(dataset) % e.batch_size if e.drop_last else 0)
+        num_samples = num_test_samples(dataset, e.batch_size, e.drop_last)
         self._sizes = {
             b: min(e.batch_size, num_samples - first)
             for b, first in enumerate(range(0, num_samples, e.batch_size))
@@ -246,23 +272,22 @@ class _MicroBatches:
 
 def _read_out(
     config: Config, block: int, answer: Tensor, answer_sum: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """The sum of the averaged blocks' answers so far, and after the last block their mean."""
+) -> tuple[Tensor, Tensor]:
+    """(sum of the averaged blocks' answers so far, the answer if the chain ended with this block):
+    their mean, or this block's own answer before the first of them."""
     readers = config.readout_blocks
-    is_last = block == config.num_blocks - 1
     if readers == (config.num_blocks - 1,):
-        return answer_sum, answer if is_last else None
+        return answer_sum, answer
     if block in readers:
         answer_sum = answer_sum + answer
-    return answer_sum, answer_sum / len(readers) if is_last else None
+    so_far = sum(reader <= block for reader in readers)
+    return answer_sum, answer_sum / so_far if so_far else answer
 
 
 def _count(scores: Scores, block: int, answers: Answers) -> None:
-    for row, probabilities in ((block, answers.of_block_NK), (-1, answers.final_NK)):
-        if probabilities is not None:
-            correct = probabilities.argmax(dim=-1) == answers.labels_N
-            scores[row, 0] += correct.sum().item()
-            scores[row, 1] += len(correct)
+    correct = answers.answer_NK.argmax(dim=-1) == answers.labels_N
+    scores[block, 0] += correct.sum().item()
+    scores[block, 1] += len(correct)
 
 
 def _denoiser(model: Model) -> Denoiser:

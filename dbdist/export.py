@@ -13,6 +13,7 @@ from dbdist.data import dataset_spec
 from dbdist.errors import CheckpointError
 from dbdist.evaluate import config_of_run
 from dbdist.inference import describe, save_model
+from dbdist.rank_state import describe_model
 from dbdist.restore import export_weights
 
 
@@ -40,8 +41,9 @@ def export(config: Config, out: Path) -> None:
     checkpoint = find_checkpoint(run_dir, config.eval.step)
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} has no complete checkpoint; train it first")
-    weights, is_private = export_weights(config, checkpoint)
     spec = dataset_spec(config.data)
+    checkpoint.check_fits(describe_model(config, spec))
+    weights, is_private = export_weights(config, checkpoint)
     sampler = {
         **asdict(config.sampler),
         "num_steps": config.sampler_steps,

@@ -44,7 +44,7 @@ class Ownership:
     """What one rank holds and trains."""
 
     rank: int
-    block: int | None  # None: a coordinator, which has the shared modules and no block
+    block: str  # None: a coordinator, which has the shared modules and no block
     replica: int
     layers: str  # "0-1", "all" or "-"
     sigma: tuple[float, float] | None
@@ -87,7 +87,7 @@ class Monitor(AbstractContextManager["Monitor"]):
         for header in "rank block replica layers sigma parameters shared optimizer device".split():
             table.add_column(header, justify="right", overflow="fold")
         for row in sorted(rows, key=lambda row: row.rank):
-            block = ("-", "-") if row.block is None else (str(row.block), str(row.replica))
+            block = (row.block, "-" if row.block == "-" else str(row.replica))
             shared = f"{row.shared_parameters:,} " + ("*" if row.owns_shared else " ")
             counts = f"{row.parameters:,}", shared, human_bytes(row.optimizer_bytes)
             table.add_row(str(row.rank), *block, row.layers, _range(row.sigma), *counts, row.device)

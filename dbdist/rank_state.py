@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dbdist import build
 from dbdist.checkpoint import (
+    PREFIX,
     SHARED,
     Checkpoint,
     Files,
@@ -20,6 +21,7 @@ from dbdist.checkpoint import (
     optimizer_file,
     optimizer_tensors,
     restore_optimizer,
+    split_private,
 )
 from dbdist.config import Config
 from dbdist.data import DatasetSpec
@@ -31,9 +33,6 @@ from dbdist.monitor import Ownership
 from dbdist.parallel.coordinator import Averaged, Coordinated, Private, SharedSync
 from dbdist.parallel.replicas import Replicas
 from dbdist.parallel.topology import Topology
-
-PREFIX = "shared."
-"""Before the names of shared parameters, wherever they stand beside a block's."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,8 @@ class RankState:
             self.blocks.append(OwnedBlock(index, module, model, replicas, self._adamw(module)))
         self.sync = self._build_sync()
         self.ema: Ema | None = None
-        if config.train.ema_decay > 0:
+        is_bystander = self._is_private and not self.blocks
+        if config.train.ema_decay > 0 and not is_bystander:
             self.ema = Ema(config.train.ema_decay, self.parameters)
 
     @property
@@ -134,7 +134,7 @@ class RankState:
             sigma = min(low for low, _ in ranges), max(high for _, high in ranges)
         return Ownership(
             rank=topology.rank,
-            block=topology.block,
+            block=", ".join(str(owned.index) for owned in self.blocks) or "-",
             replica=topology.replica,
             layers=f"{layers[0]}-{layers[-1]}" if layers else "-",
             sigma=sigma,
@@ -142,7 +142,7 @@ class RankState:
             shared_parameters=shared,
             optimizer_bytes=2 * optimized * self.shared.positions.element_size(),
             device=str(topology.device),
-            owns_shared=self.sync.optimizer is not None,
+            owns_shared=topology.is_coordinator or isinstance(self.sync, Private),
         )
 
     # Checkpoints
@@ -202,8 +202,7 @@ class RankState:
     def _restore_block(self, checkpoint: Checkpoint, owned: OwnedBlock) -> None:
         name = block_file(owned.index)
         weights, state = checkpoint.tensors(name), checkpoint.tensors(optimizer_file(name))
-        private = {k.removeprefix(PREFIX): t for k, t in weights.items() if k.startswith(PREFIX)}
-        layers = {k: t for k, t in weights.items() if not k.startswith(PREFIX)}
+        layers, private = split_private(weights)
         fill(owned.module, layers, checkpoint.path / name)
         restore_optimizer(owned.optimizer, owned.parameters, state)
         if self._is_private:
@@ -250,7 +249,7 @@ def describe_model(config: Config, spec: DatasetSpec) -> dict[str, Any]:
         "architecture": sizes,
         "layers_per_block": [len(layers) for layers in config.layers_of_block],
         "boundaries": schedule.boundaries.tolist() if schedule else None,
-        "sigma_data": schedule.sigma_data if schedule else None,
+        "noise": asdict(schedule) if schedule else None,
         "data": spec.name,
     }
 

@@ -5,14 +5,11 @@ import torch
 from torch import Tensor
 
 from dbdist import build
-from dbdist.checkpoint import SHARED, Checkpoint, block_file, ema_file
+from dbdist.checkpoint import SHARED, Checkpoint, block_file, ema_file, split_private
 from dbdist.config import Config
 from dbdist.evaluation import Model
 from dbdist.inference import fill
 from dbdist.models.vit import ViTConfig
-
-PRIVATE = "shared."
-"""Prefix, in a block's file, of the shared modules that this block keeps for itself."""
 
 
 def load_block(
@@ -54,8 +51,7 @@ def _weights(
     """(the block's tensors, its shared modules', the file these come from)."""
     file = _averaged(checkpoint, block_file(block))
     tensors = checkpoint.tensors(file)
-    private = {k.removeprefix(PRIVATE): t for k, t in tensors.items() if k.startswith(PRIVATE)}
-    layers = {k: t for k, t in tensors.items() if not k.startswith(PRIVATE)}
+    layers, private = split_private(tensors)
     if private:
         return layers, private, file
     shared_file = _averaged(checkpoint, SHARED)

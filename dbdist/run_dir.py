@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "sampler",
     "train.max_steps",
     "train.epochs",
+    "train.schedule_steps",  # but see last_schedule_step
     "train.log_every",
     "train.activation_checkpointing",
     "parallel.replicas",
@@ -42,17 +43,32 @@ def read_config(run_dir: Path) -> Config | None:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
-def claim(config: Config) -> None:
-    """Makes the run directory this configuration's. Raises ConfigError, naming the first key that
-    differs, if it holds a run of another one; then nothing is changed."""
+def claim(config: Config, num_train: int, step: int | None) -> None:
+    """Makes the run directory this configuration's.
+
+    num_train: samples in the training set. step: of the checkpoint that will be continued. Raises
+    ConfigError, naming the first key that differs, if the directory holds a run of another
+    configuration; then nothing is changed.
+    """
     run_dir = Path(config.run_dir)
     held = read_config(run_dir)
-    if held is not None:
+    if held is not None and (step is not None or (run_dir / "metrics.jsonl").exists()):
         for key, old, new in _differences(dataclasses.asdict(held), dataclasses.asdict(config)):
             raise ConfigError(
-                f"{run_dir} holds a run with {key} {old}, not {new}; give another run_dir or the "
-                "old value"
+                f"{run_dir} holds a run with {key} {old}, not {new}; "
+                "give another run_dir or the old value"
             )
+        old, new = last_schedule_step(held, num_train), last_schedule_step(config, num_train)
+        if old != new:
+            raise ConfigError(
+                f"{run_dir} holds a run whose learning rate ends at step {old}, not {new}; "
+                f"set train.schedule_steps to {old}, or give another run_dir"
+            )
+    if step is not None and step > config.max_steps(num_train):
+        raise ConfigError(
+            f"{run_dir} is at step {step} already, beyond the {config.max_steps(num_train)} steps "
+            "to train; give another run_dir or more steps"
+        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_yaml(config, run_dir / "config.yaml")
@@ -60,11 +76,20 @@ def claim(config: Config) -> None:
         raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror})") from None
 
 
+def last_schedule_step(config: Config, num_train: int) -> int | None:
+    """Where the cosine ends; None for a constant learning rate."""
+    if config.train.schedule == "constant":
+        return None
+    return config.train.schedule_steps or config.max_steps(num_train)
+
+
 def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
     """RUN/evaluation.json, whole or not at all."""
     partial = run_dir / "evaluation.json.partial"
     try:
-        partial.write_text(json.dumps(dataclasses.asdict(evaluation), indent=2) + "\n")
+        partial.write_text(
+            json.dumps(dataclasses.asdict(evaluation), indent=2, allow_nan=False) + "\n"
+        )
         os.replace(partial, run_dir / "evaluation.json")
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror})") from None

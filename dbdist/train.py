@@ -5,6 +5,9 @@ import sys
 import time
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from dbdist import build
 from dbdist.checkpoint import find_checkpoint
 from dbdist.cli import guarded, parse_config
 from dbdist.config import Config
@@ -17,6 +20,7 @@ from dbdist.run_dir import claim, write_evaluation
 from dbdist.trainer import Trainer, layout_of
 
 
+@record
 def main(argv: list[str] | None = None) -> None:
     guarded("dbdist train", lambda: run(sys.argv[1:] if argv is None else argv))
 
@@ -60,7 +64,8 @@ def train(config: Config, topology: Topology) -> Evaluation:
                 f"{run_dir} is not the same folder on all ranks: they see checkpoints {steps}"
             )
         if topology.is_coordinator:
-            claim(config)
+            build.architecture(config, train_set.spec)  # raises before anything is written
+            claim(config, len(train_set), checkpoint and checkpoint.step)
     with topology.agree("building the model"):
         trainer = Trainer(config, topology, train_set, test_set, checkpoint)
     rows = topology.gather(trainer.state.ownership())

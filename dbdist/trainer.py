@@ -24,7 +24,7 @@ from dbdist.checkpoint import Checkpoint, CheckpointWriter
 from dbdist.config import Config
 from dbdist.data import BatchStream, ImageDataset
 from dbdist.errors import ConfigError, TopologyError, UserError
-from dbdist.evaluation import Evaluation, evaluate
+from dbdist.evaluation import Evaluation, check_test_set, evaluate
 from dbdist.histogram import SigmaHistogram
 from dbdist.monitor import Monitor, peak_memory_mb
 from dbdist.parallel.mailbox import Mailbox
@@ -81,6 +81,7 @@ class Trainer:
         topology. Raises ConfigError, CheckpointError or TopologyError."""
         self.config, self.topology = config, topology
         self.train_set, self.test_set = train_set, test_set
+        check_test_set(config, test_set)
         self.schedule = None if config.mode == "end_to_end" else config.noise_schedule()
         self.max_steps = config.max_steps(len(train_set))
         self.start_step = checkpoint.step if checkpoint else 0
@@ -250,7 +251,7 @@ class Trainer:
             scalars |= evaluation.scalars()
         if is_log:
             self._post(step, scalars, with_histograms=is_eval)
-        self._collect()
+            self._collect()
         return evaluation
 
     def _note(self, trainee: Trainee, loss: Loss, draws: Draws | None) -> None:
@@ -289,11 +290,11 @@ class Trainer:
         seconds = trainee.seconds + time.perf_counter() - start
         trainee.totals.zero_()
         trainee.seconds = 0.0
-        if not math.isfinite(loss):
+        if not math.isfinite(loss + norm):
             raise UserError(
-                f"rank {topology.rank}, block {block}, step {step}: the loss is "
-                f"{loss / num_steps}; lower train.lr or set train.clip_norm, and continue from "
-                "the last checkpoint"
+                f"rank {topology.rank}, block {block}, step {step}: since the last record the mean "
+                f"loss is {loss / num_steps} and the gradient norm {norm / num_steps}; lower "
+                "train.lr or set train.clip_norm, and continue from the last checkpoint"
             )
         if num_steps == 0 or topology.replica > 0:
             return {}

@@ -262,9 +262,9 @@ def test_ownership_lists_ranks_and_marks_the_owner_of_the_shared_modules(tmp_pat
     monitor, out = build_monitor(tmp_path)
     common = {"replica": 0, "optimizer_bytes": 1536, "device": "cpu", "shared_parameters": 4096}
     rows = [
-        Ownership(rank=1, block=0, layers="0-1", sigma=(0.5, 80.0), parameters=25600,
+        Ownership(rank=1, block="0", layers="0-1", sigma=(0.5, 80.0), parameters=25600,
                   owns_shared=False, **common),
-        Ownership(rank=0, block=None, layers="-", sigma=None, parameters=0,
+        Ownership(rank=0, block="-", layers="-", sigma=None, parameters=0,
                   owns_shared=True, **common),
     ]  # fmt: skip
     monitor.ownership(rows)

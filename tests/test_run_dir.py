@@ -51,10 +51,10 @@ def held_by(path):
 @pytest.mark.parametrize("key", [k for k in ALL if not is_free(k) and k not in SINGLE])
 def test_a_changed_key_is_refused_by_name_and_nothing_is_touched(tmp_path, key):
     config = held_by(tmp_path)
-    claim(config)
+    claim(config, 1000, 4)
     before = (tmp_path / "config.yaml").read_bytes()
     with pytest.raises(ConfigError) as caught:
-        claim(changed(config, key, ALL[key]))
+        claim(changed(config, key, ALL[key]), 1000, 4)
     assert f" {key} " in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert (tmp_path / "config.yaml").read_bytes() == before
@@ -62,13 +62,13 @@ def test_a_changed_key_is_refused_by_name_and_nothing_is_touched(tmp_path, key):
 
 
 def test_what_does_not_change_the_steps_already_taken_may_change(tmp_path):
-    claim(held_by(tmp_path))
+    claim(held_by(tmp_path), 1000, 4)
     config = held_by(tmp_path)
     free = [key for key in ALL if is_free(key) and key != "run_dir"]
     assert len(free) > len(MAY_CHANGE)
     for key in free:
         config = changed(config, key, ALL[key])
-    claim(config)
+    claim(config, 1000, 4)
     assert read_config(tmp_path) == config
 
 
@@ -80,17 +80,17 @@ def test_every_key_that_may_change_is_a_key_of_the_configuration():
 def test_a_new_directory_is_made_and_claiming_twice_changes_nothing(tmp_path):
     config = held_by(tmp_path / "a/b")
     assert read_config(tmp_path / "a/b") is None
-    claim(config)
+    claim(config, 1000, 4)
     before = (tmp_path / "a/b/config.yaml").read_bytes()
-    claim(config)
+    claim(config, 1000, 4)
     assert (tmp_path / "a/b/config.yaml").read_bytes() == before
     assert read_config(tmp_path / "a/b") == config
 
 
 def test_a_moved_run_is_continued_where_it_is(tmp_path):
-    claim(held_by(tmp_path / "old"))
+    claim(held_by(tmp_path / "old"), 1000, 4)
     (tmp_path / "old").rename(tmp_path / "new")
-    claim(held_by(tmp_path / "new"))
+    claim(held_by(tmp_path / "new"), 1000, 4)
     assert read_config(tmp_path / "new") == held_by(tmp_path / "new")
 
 
@@ -100,7 +100,7 @@ def test_a_moved_run_is_continued_where_it_is(tmp_path):
 def test_a_damaged_configuration_is_refused_and_not_overwritten(tmp_path, content):
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=str(tmp_path)):
-        claim(held_by(tmp_path))
+        claim(held_by(tmp_path), 1000, 4)
     assert (tmp_path / "config.yaml").read_bytes() == content
 
 
@@ -108,13 +108,13 @@ def test_a_directory_that_cannot_be_made_is_refused_by_name(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("file", "file/inside"):
         with pytest.raises(ConfigError, match="run_dir"):
-            claim(held_by(tmp_path / name))
+            claim(held_by(tmp_path / name), 1000, 4)
     assert (tmp_path / "file").read_text() == ""
 
 
 def test_lists_and_tuples_are_the_same_value(tmp_path):
     config = changed(held_by(tmp_path), "model.layers_per_block", (1, 2, 3))
-    claim(config)
-    claim(config)
+    claim(config, 1000, 4)
+    claim(config, 1000, 4)
     with pytest.raises(ConfigError, match=r"model\.layers_per_block"):
-        claim(held_by(tmp_path))
+        claim(held_by(tmp_path), 1000, 4)

@@ -99,9 +99,7 @@ def measure(config: Config, block: int, warmup: int, steps: int) -> dict[str, An
         "peak_mb": peak,
         "num_workers": config.data.num_workers,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "torch": torch.__version__,
     }
 

@@ -271,9 +271,9 @@ def _materialise(module: M, config: ViTConfig, seed: int | None, device: torch.d
 def _initialise(module: nn.Module, init: Literal["fan_in", "published"], seed: int) -> None:
     """Draws each parameter from a random stream of its own, named by the seed and the parameter.
 
-    Norms are the identity, biases, AdaLN and the conditioned head zero, tables N(0, 0.02). All
-    other weights are truncated normal (at two standard deviations) of 0.02 as published, or of 1 /
-    sqrt(inputs); the published noise MLP is not truncated.
+    Norms are the identity; biases, AdaLN and the conditioned head are zero; tables and tokens are
+    N(0, 0.02). Weights are N(0, 0.02) as published (whose truncation, at +-2, never bites), or of
+    standard deviation 1 / sqrt(inputs), truncated at two of these.
     """
     conditioned_head = isinstance(module, ViTShared)
     for name, parameter in module.named_parameters():
@@ -284,10 +284,9 @@ def _initialise(module: nn.Module, init: Literal["fan_in", "published"], seed: i
             value.fill_(1.0 if leaf == "weight" else 0.0)
         elif leaf == "bias" or "adaln" in owner or (owner == "head" and conditioned_head):
             pass
-        elif leaf == "label_table" or (owner.startswith("noise_mlp") and init == "published"):
-            value.normal_(0.0, INIT_STD, generator=generator)
-        else:
-            has_inputs = leaf == "weight" and init == "fan_in"
-            std = value[0].numel() ** -0.5 if has_inputs else INIT_STD
+        elif leaf == "weight" and init == "fan_in":
+            std = value[0].numel() ** -0.5
             nn.init.trunc_normal_(value, 0.0, std, -2 * std, 2 * std, generator=generator)
+        else:
+            value.normal_(0.0, INIT_STD, generator=generator)
         parameter.copy_(value)

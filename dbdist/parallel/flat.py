@@ -36,18 +36,21 @@ class FlatBuffer:
     @torch.no_grad()
     def pack(self, tensors: Mapping[str, Tensor | None]) -> None:
         """Copies tensors in; an absent one (a parameter without gradient) counts as zeros."""
-        for name, view in self.views.items():
-            tensor = tensors[name]
-            if tensor is None:
-                view.zero_()
-            else:
-                view.copy_(tensor)
+        parts = [tensors[name] for name, _, _ in self.layout]
+        device = next((part.device for part in parts if part is not None), self.data.device)
+        filled = [
+            torch.zeros(shape, dtype=dtype, device=device) if part is None else part
+            for part, (_, shape, dtype) in zip(parts, self.layout, strict=True)
+        ]
+        self.data.copy_(torch.cat([part.reshape(-1) for part in filled]))  # one transfer
 
     @torch.no_grad()
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies the buffer out into tensors of the same names."""
-        for name, view in self.views.items():
-            tensors[name].copy_(view)
+        targets = [tensors[name] for name, _, _ in self.layout]
+        data = self.data.to(targets[0].device)  # one transfer
+        for target, part in zip(targets, data.split([t.numel() for t in targets]), strict=True):
+            target.copy_(part.view(target.shape))
 
     def check_equal_on_all_ranks(self, topology: Topology, what: str) -> None:
         """Raises TopologyError, naming rank and tensor, unless all ranks have this layout.

@@ -173,7 +173,7 @@ class Topology:
     @property
     def wire_device(self) -> torch.device:
         """Where tensors must lie to be sent: on the GPU for NCCL, in host memory for gloo."""
-        return self.device if self.uses_nccl else torch.device("cpu")
+        return self.device if self.uses_nccl or self.store is None else torch.device("cpu")
 
     @property
     def name(self) -> str:
