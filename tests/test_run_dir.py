@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from dbdist.config import Config
+from dbdist.config import Config, TrainConfig
 from dbdist.errors import ConfigError
 from dbdist.run_dir import MAY_CHANGE, claim, read_config
 
@@ -45,7 +45,7 @@ def changed(config, key, value):
 
 
 def held_by(path):
-    return Config(run_dir=str(path))
+    return Config(run_dir=str(path), train=TrainConfig(max_steps=10))
 
 
 @pytest.mark.parametrize("key", [k for k in ALL if not is_free(k) and k not in SINGLE])
@@ -118,3 +118,28 @@ def test_lists_and_tuples_are_the_same_value(tmp_path):
     claim(config, 1000, 4)
     with pytest.raises(ConfigError, match=r"model\.layers_per_block"):
         claim(held_by(tmp_path), 1000, 4)
+
+
+def test_a_directory_where_nothing_was_trained_may_be_claimed_by_another_configuration(tmp_path):
+    claim(held_by(tmp_path), 1000, None)
+    other = changed(held_by(tmp_path), "train.lr", 0.5)
+    claim(other, 1000, None)
+    assert read_config(tmp_path) == other
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match=r"train\.lr"):
+        claim(held_by(tmp_path), 1000, None)
+
+
+def test_a_run_is_not_continued_to_fewer_steps_than_it_has(tmp_path):
+    claim(held_by(tmp_path), 1000, None)
+    with pytest.raises(ConfigError, match="step 20 already"):
+        claim(held_by(tmp_path), 1000, 20)
+
+
+def test_the_end_of_a_cosine_may_not_move_unnoticed(tmp_path):
+    cosine = changed(held_by(tmp_path), "train.schedule", "cosine")
+    claim(cosine, 1000, None)
+    longer = changed(cosine, "train.max_steps", 20)
+    with pytest.raises(ConfigError, match=r"set train\.schedule_steps to 10"):
+        claim(longer, 1000, 10)
+    claim(changed(longer, "train.schedule_steps", 10), 1000, 10)

@@ -78,8 +78,9 @@ def whole_sampler(config):
     )
     draws, grid = config.sampler.num_draws, sampler.sigmas
     images = images.double().repeat_interleave(draws, dim=0)
+    owners = config.noise_schedule().block_of_step(len(grid), config.sampler.sigma_start)
     answers = {}
-    for step, block in enumerate(config.noise_schedule().block_of_step(len(grid))):
+    for step, block in enumerate(owners):
         denoiser = build_denoiser(config, data.spec, block)
         table = torch.nn.functional.normalize(denoiser.shared.label_table, dim=-1)
         sigma = grid[step].expand(len(z))
