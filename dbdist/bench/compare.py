@@ -1,7 +1,6 @@
 """Accuracy over seeds of two or more configurations, each in a process group of its own:
 
-    python -m dbdist.bench.compare configs/mnist5k.yaml configs/mnist5k-end-to-end.yaml --seeds 0 1
-    2
+    python -m dbdist.bench.compare A.yaml B.yaml --seeds 0 1 2
 
 Every configuration trains each layer on as many samples as it says (steps x batch). Prints a table
 and JSON lines.
