@@ -26,7 +26,7 @@ from dbdist.config import Config
 from dbdist.data import load_dataset
 from dbdist.errors import DataError
 from dbdist.monitor import peak_memory_mb
-from dbdist.parallel.topology import Launch, Layout, Topology, choose_device
+from dbdist.parallel.topology import Layout, Topology, choose_device
 from dbdist.trainer import Trainer
 
 COMPUTE = ("forward", "backward", "optimizer")
@@ -110,7 +110,7 @@ def _build(config: Config, block: int) -> Trainer:
         config = dataclasses.replace(
             config, parallel=dataclasses.replace(config.parallel, sync="never")
         )
-    device, _ = choose_device(config.device, Launch(0, 1, 0, 1))
+    device = choose_device(config.device, local_rank=0)
     blocks = [0] if config.mode == "end_to_end" else [block]
     train_set = load_dataset(config.data, "train")
     trainer = Trainer(

@@ -7,6 +7,7 @@ Ranks are laid out block by block, so that the copies of a block, which talk mos
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -225,19 +226,15 @@ class Topology:
             dist.destroy_process_group()
 
 
-def choose_device(
-    wanted: Literal["auto", "cpu", "cuda"], launch: Launch
-) -> tuple[torch.device, bool]:
-    """This rank's device, and whether NCCL can connect it: only if every local rank has a GPU of
-    its own. Raises ConfigError for cuda without a GPU."""
+def choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.device:
+    """This rank's device: its own GPU among the visible ones, shared where there are fewer.
+    Raises ConfigError for cuda without a GPU."""
     has_gpu = torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
         raise ConfigError("device is cuda, but torch finds no GPU here; use device auto or cpu")
     if wanted == "cpu" or not has_gpu:
-        return torch.device("cpu"), False
-    count = torch.cuda.device_count()
-    device = torch.device("cuda", launch.local_rank % count)
-    return device, launch.local_world_size <= count and dist.is_nccl_available()
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 def build_topology(
@@ -253,31 +250,53 @@ def build_topology(
     processes does not fit the layout, before anything is joined.
     """
     layout.check(launch.world_size)
-    device, uses_nccl = choose_device(wanted, launch)
+    device = choose_device(wanted, launch.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if launch.world_size == 1:
         return Topology(layout, device=device)
     store = store or launch.store(timeout_s)
+    has_nccl = device.type == "cuda" and dist.is_nccl_available()
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if uses_nccl else "gloo",
+        "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
         store=dist.PrefixStore("group", store),
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timedelta(seconds=timeout_s),
     )
-    p2p_group = _group(list(range(launch.world_size)), launch.rank)
+    uses_nccl = _every_rank_has_its_own_gpu(device if has_nccl else None, launch.world_size)
+    backend = None if uses_nccl else "gloo"
+    p2p_group = _group(list(range(launch.world_size)), launch.rank, backend)
     replica_group = None
     if layout.num_replicas > 1:
         # Every rank makes every group, in the same order.
         for block in range(layout.num_blocks):
-            replica_group = _group(layout.replicas(block), launch.rank) or replica_group
+            group = _group(layout.replicas(block), launch.rank, backend)
+            replica_group = group or replica_group
     return Topology(
-        layout, launch.rank, launch.local_rank, device, store, p2p_group, replica_group, uses_nccl
+        layout,
+        launch.rank,
+        launch.local_rank,
+        device,
+        store,
+        p2p_group,
+        replica_group,
+        uses_nccl,
     )
 
 
-def _group(ranks: list[int], rank: int) -> dist.ProcessGroup | None:
+def _every_rank_has_its_own_gpu(device: torch.device | None, world_size: int) -> bool:
+    """Whether NCCL can connect all ranks: it refuses two on one GPU. The GPUs' own names tell, not
+    their number: one launcher shows each process its GPU, another all of them. Collective."""
+    own = None
+    if device is not None:
+        own = f"{socket.gethostname()}/{torch.cuda.get_device_properties(device).uuid}"
+    gpus: list[str | None] = [None] * world_size
+    dist.all_gather_object(gpus, own)
+    return None not in gpus and len(set(gpus)) == world_size
+
+
+def _group(ranks: list[int], rank: int, backend: str | None) -> dist.ProcessGroup | None:
     """A process group of these ranks, None on others; every rank makes it. Collective."""
-    group = dist.new_group(ranks)
+    group = dist.new_group(ranks, backend=backend)
     return group if rank in ranks and isinstance(group, dist.ProcessGroup) else None
