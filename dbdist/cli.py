@@ -69,7 +69,8 @@ def fail(prog: str, message: object) -> NoReturn:
     text = " ".join(str(message).split())
     launch = _launch()
     rank = f"[r{launch.rank}] " if launch.world_size > 1 else ""
-    print(f"{rank}{prog}: error: {text}", file=sys.stderr, flush=True)
+    sys.stderr.flush()
+    os.write(2, f"{rank}{prog}: error: {text}\n".encode())  # at once: ranks share the terminal
     launch.leave_together()
     # No interpreter shutdown: a process group that lost its peers must not hold the exit code back.
     sys.stdout.flush()

@@ -25,7 +25,6 @@ from dbdist.restore import load_block
 from dbdist.run_dir import read_config, write_evaluation
 
 
-@record
 def main(argv: list[str] | None = None) -> None:
     guarded("dbdist evaluate", lambda: run(sys.argv[1:] if argv is None else argv))
 
@@ -125,4 +124,4 @@ def report(run_dir: Path, evaluation: Evaluation) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()

@@ -20,7 +20,6 @@ from dbdist.run_dir import claim, write_evaluation
 from dbdist.trainer import Trainer, layout_of
 
 
-@record
 def main(argv: list[str] | None = None) -> None:
     guarded("dbdist train", lambda: run(sys.argv[1:] if argv is None else argv))
 
@@ -100,4 +99,4 @@ def train(config: Config, topology: Topology) -> Evaluation:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()
