@@ -16,7 +16,6 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dbdist.config import DataConfig
 from dbdist.errors import DataError
@@ -39,31 +38,32 @@ class Archive:
     """Paths inside the folder without which it is incomplete."""
 
 
-def cifar_class(name: str) -> Any:
-    """torchvision's class of "cifar10" or "cifar100"."""
-    from torchvision import datasets  # late: importing torchvision takes seconds
-
-    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-
-
-def archive_of(config: DataConfig) -> Archive | None:
-    """The archive of this dataset; None where nothing is downloaded."""
-    if config.name in ("cifar10", "cifar100"):
-        published = cifar_class(config.name)
-        parts = [filename for filename, _ in published.train_list + published.test_list]
-        required = (*parts, published.meta["filename"])
-        return Archive(
-            published.base_folder, published.filename, published.url, published.tgz_md5, required
-        )
-    if config.name == "tiny-imagenet":
-        return Archive(
-            "tiny-imagenet-200",
-            "tiny-imagenet-200.zip",
-            "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-            "90528d7ca1a48142e341f4ef8d21d0de",
-            ("train", "val/images", "val/val_annotations.txt"),
-        )
-    return None
+_TORONTO = "https://www.cs.toronto.edu/~kriz"
+ARCHIVES = {
+    "cifar10": Archive(
+        "cifar-10-batches-py",
+        "cifar-10-python.tar.gz",
+        f"{_TORONTO}/cifar-10-python.tar.gz",
+        "c58f30108f718f92721af3b95e74349a",
+        (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"),
+    ),
+    "cifar100": Archive(
+        "cifar-100-python",
+        "cifar-100-python.tar.gz",
+        f"{_TORONTO}/cifar-100-python.tar.gz",
+        "eb9058c3a382ffc7106e4002c42a8d85",
+        ("train", "test", "meta"),
+    ),
+    "tiny-imagenet": Archive(
+        "tiny-imagenet-200",
+        "tiny-imagenet-200.zip",
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        "90528d7ca1a48142e341f4ef8d21d0de",
+        ("train", "val/images", "val/val_annotations.txt"),
+    ),
+}
+"""By dataset name; every other dataset downloads nothing. CIFAR's entries are torchvision's own,
+repeated because importing torchvision takes seconds, and a missing file should be told at once."""
 
 
 def root_of(config: DataConfig) -> Path:
@@ -76,7 +76,7 @@ def prepare(config: DataConfig) -> None:
 
     For one process per node; every other one waits and calls `load_dataset`, which never downloads.
     """
-    archive, root = archive_of(config), root_of(config)
+    archive, root = ARCHIVES.get(config.name), root_of(config)
     if archive is not None and not (root / archive.folder).exists():
         if not (root / archive.filename).exists():
             _probe(archive, root)  # before the first folder is made
@@ -92,7 +92,7 @@ def prepare(config: DataConfig) -> None:
 
 def require(config: DataConfig) -> Path:
     """The folder of the dataset's files; DataError if it is missing or incomplete."""
-    archive, root = archive_of(config), root_of(config)
+    archive, root = ARCHIVES.get(config.name), root_of(config)
     if archive is not None:
         folder, required = root / archive.folder, archive.required
         if not folder.is_dir():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dbdist.config import DataConfig
-from dbdist.data.files import cifar_class, require, root_of
+from dbdist.data.files import require, root_of
 from dbdist.errors import DataError
 
 Split = Literal["train", "test"]
@@ -50,9 +50,16 @@ def _read_package(name: str) -> tuple[Tensor, Tensor]:
     return torch.tensor(pixels, dtype=torch.float32).unsqueeze(1), torch.tensor(labels)
 
 
+def _published(name: str) -> Any:
+    """torchvision's class of "cifar10" or "cifar100"."""
+    from torchvision import datasets  # late: importing torchvision takes seconds
+
+    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+
+
 def read_cifar(config: DataConfig, split: Split, num_classes: int) -> tuple[Tensor, list[int]]:
     """CIFAR-10 or CIFAR-100 as torchvision reads it: uint8 of shape (N, 3, 32, 32)."""
-    published = cifar_class(config.name)
+    published = _published(config.name)
 
     class Checked(published):
         def _check_integrity(self) -> bool:
@@ -74,7 +81,7 @@ def _check_cifar(config: DataConfig, parts: list[list[str]], num_classes: int) -
 
     Files with the published md5 pass; others are walked, checked and warned about.
     """
-    folder, meta, others = require(config), cifar_class(config.name).meta, []
+    folder, meta, others = require(config), _published(config.name).meta, []
     for filename, md5 in [*parts, [meta["filename"], meta["md5"]]]:
         path = folder / filename
         content = path.read_bytes()

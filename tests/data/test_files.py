@@ -9,6 +9,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from dbdist.config import DataConfig
 from dbdist.data import dataset_spec, load_dataset, prepare
+from dbdist.data.files import ARCHIVES, Archive
 from dbdist.errors import DataError
 
 
@@ -197,12 +199,25 @@ def test_missing_data_is_told_within_8_s_and_leaves_nothing(
     assert filename in refusal(config(name, root))
 
 
+@pytest.mark.parametrize("published", [CIFAR10, CIFAR100])
+def test_cifar_archives_are_torchvisions(published: Any) -> None:
+    archive = ARCHIVES[published.__name__.lower()]
+    parts = published.train_list + published.test_list
+    assert archive == Archive(
+        published.base_folder,
+        published.filename,
+        published.url,
+        published.tgz_md5,
+        (*(filename for filename, _ in parts), published.meta["filename"]),
+    )
+
+
 @pytest.fixture
 def cifar100_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Serves a small CIFAR-100 as if it were the published one; gives the archive it serves."""
     folder = tmp_path / "served"
     write_cifar100(folder)
-    archive = folder / CIFAR100.filename
+    archive = folder / ARCHIVES["cifar100"].filename
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder / "cifar-100-python", "cifar-100-python")
 
@@ -215,8 +230,8 @@ def cifar100_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     url = f"http://127.0.0.1:{server.server_port}/{archive.name}"
-    monkeypatch.setattr(CIFAR100, "url", url)
-    monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+    monkeypatch.setitem(ARCHIVES, "cifar100", replace(ARCHIVES["cifar100"], url=url, md5=md5))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield archive
@@ -251,7 +266,8 @@ def test_archive_put_there_by_hand_is_used(
     root = tmp_path / "data"
     root.mkdir()
     (root / cifar100_server.name).write_bytes(cifar100_server.read_bytes())
-    monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/nothing")
+    nowhere = replace(ARCHIVES["cifar100"], url="http://127.0.0.1:9/nothing")
+    monkeypatch.setitem(ARCHIVES, "cifar100", nowhere)
     prepare(config("cifar100", root))
     assert (root / "cifar-100-python" / "train").exists()
 
