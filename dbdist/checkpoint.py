@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -94,17 +94,36 @@ class Checkpoint:
             )
         return load_weights(path)
 
+    def check_sizes(self) -> None:
+        """Raises CheckpointError, naming the file, if one is missing or not as long as written."""
+        for file, stated in self.manifest["files"].items():
+            path = self.path / file
+            size = path.stat().st_size if path.is_file() else None
+            if size != stated["bytes"]:
+                found = "is missing" if size is None else f"is damaged: {size} bytes"
+                raise CheckpointError(
+                    f"{path} {found}, {stated['bytes']} were written; "
+                    "remove this checkpoint's folder to fall back on an older one"
+                )
+
     def check_fits(self, description: Mapping[str, Any]) -> None:
         """Raises CheckpointError, naming the first difference, unless it is of this model and
         partition."""
-        for key, value in description.items():
-            stored = self.manifest["model"].get(key)
-            if stored != value:
-                raise CheckpointError(
-                    f"{self.path} holds a model with {key} {stored}, the configuration says "
-                    f"{value}; "
-                    "use its own configuration or another run_dir"
-                )
+        if difference := next(differences(self.manifest["model"], description), None):
+            key, stored, value = difference
+            raise CheckpointError(
+                f"{self.path} holds a model with {key} {stored}, the configuration says {value}; "
+                "use its own configuration or another run_dir"
+            )
+
+
+def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of everything in `new` that `old` has otherwise."""
+    if isinstance(old, dict) and isinstance(new, Mapping):
+        for name, value in new.items():
+            yield from differences(old.get(name), value, f"{key}.{name}" if key else name)
+    elif old != new:
+        yield key, old, new
 
 
 def find_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint | None:

@@ -16,7 +16,7 @@ from dbdist import build
 from dbdist.checkpoint import find_checkpoint
 from dbdist.cli import guarded, parse_config
 from dbdist.config import Config
-from dbdist.data import load_dataset, prepare
+from dbdist.data import dataset_spec, load_dataset, prepare
 from dbdist.errors import CheckpointError, ConfigError, TopologyError
 from dbdist.evaluation import Evaluation, Model, check_test_set, evaluate
 from dbdist.parallel.topology import Launch, Layout, Topology, build_topology
@@ -74,18 +74,20 @@ def evaluate_run(config: Config, topology: Topology) -> Evaluation:
     """Evaluates a run's checkpoint, writes RUN/evaluation.json and prints it. Collective."""
 
     run_dir = Path(config.run_dir)
+    with topology.agree("reading the checkpoint"):  # first: it takes no time
+        checkpoint = find_checkpoint(run_dir, config.eval.step)
+        if checkpoint is None:
+            raise CheckpointError(f"{run_dir} has no complete checkpoint; train it first")
+        checkpoint.check_sizes()
     with topology.agree():
         if topology.local_rank == 0:
             prepare(config.data)
     with topology.agree("loading the data"):
+        checkpoint.check_fits(describe_model(config, dataset_spec(config.data)))
         test_set = load_dataset(config.data, "test")
         check_test_set(config, test_set)
     own: dict[int, Model] = {}
     with topology.agree("reading the checkpoint"):
-        checkpoint = find_checkpoint(run_dir, config.eval.step)
-        if checkpoint is None:
-            raise CheckpointError(f"{run_dir} has no complete checkpoint; train it first")
-        checkpoint.check_fits(describe_model(config, test_set.spec))
         sizes = build.architecture(config, test_set.spec)
 
         def load(block: int) -> Model:
@@ -98,7 +100,6 @@ def evaluate_run(config: Config, topology: Topology) -> Evaluation:
         ):  # blocks are loaded in turn: look at all files before starting
             for block in range(config.num_blocks):
                 load(block)
-    assert checkpoint is not None
     evaluation = evaluate(
         config, topology, test_set, own.__getitem__ if own else load, checkpoint.step
     )

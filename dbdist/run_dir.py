@@ -4,11 +4,11 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
 
+from dbdist.checkpoint import Checkpoint, differences, find_checkpoint
 from dbdist.cli import parse_config, write_yaml
 from dbdist.config import Config
-from dbdist.errors import ConfigError
+from dbdist.errors import CheckpointError, ConfigError
 from dbdist.evaluation import Evaluation
 
 MAY_CHANGE = (
@@ -43,21 +43,46 @@ def read_config(run_dir: Path) -> Config | None:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
-def claim(config: Config, num_train: int, step: int | None) -> None:
-    """Makes the run directory this configuration's.
+def find_own_checkpoint(config: Config) -> Checkpoint | None:
+    """The checkpoint to continue from, if there is one, after every check that needs no data.
 
-    num_train: samples in the training set. step: of the checkpoint that will be continued. Raises
-    ConfigError, naming the first key that differs, if the directory holds a run of another
-    configuration; then nothing is changed.
+    Raises CheckpointError, or a ConfigError that names the first key that differs, if the run
+    directory holds a run of another configuration; nothing is changed.
     """
     run_dir = Path(config.run_dir)
-    held = read_config(run_dir)
-    if held is not None and (step is not None or (run_dir / "metrics.jsonl").exists()):
-        for key, old, new in _differences(dataclasses.asdict(held), dataclasses.asdict(config)):
-            raise ConfigError(
-                f"{run_dir} holds a run with {key} {old}, not {new}; "
-                "give another run_dir or the old value"
-            )
+    checkpoint = find_checkpoint(run_dir)
+    if config.checkpoint.resume is True and checkpoint is None:
+        raise CheckpointError(
+            f"checkpoint.resume is true, but {run_dir} has no complete checkpoint; "
+            "leave it out to start"
+        )
+    if config.checkpoint.resume is False and checkpoint is not None:
+        raise CheckpointError(
+            f"checkpoint.resume is false, but {run_dir} holds a checkpoint of "
+            f"step {checkpoint.step}; give another run_dir"
+        )
+    held = _held_config(run_dir, checkpoint is not None)
+    if held is not None:
+        for key, old, new in differences(dataclasses.asdict(held), dataclasses.asdict(config)):
+            if not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE):
+                raise ConfigError(
+                    f"{run_dir} holds a run with {key} {old}, not {new}; "
+                    "give another run_dir or the old value"
+                )
+    if checkpoint is not None:
+        checkpoint.check_sizes()
+    return checkpoint
+
+
+def claim(config: Config, num_train: int, step: int | None) -> None:
+    """Makes the run directory this configuration's, which `find_own_checkpoint` has accepted.
+
+    num_train: samples in the training set. step: of the checkpoint that will be continued. Raises
+    ConfigError if the learning rate or the last step do not go with it; then nothing is changed.
+    """
+    run_dir = Path(config.run_dir)
+    held = _held_config(run_dir, step is not None)
+    if held is not None:
         old, new = last_schedule_step(held, num_train), last_schedule_step(config, num_train)
         if old != new:
             raise ConfigError(
@@ -74,6 +99,12 @@ def claim(config: Config, num_train: int, step: int | None) -> None:
         write_yaml(config, run_dir / "config.yaml")
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror})") from None
+
+
+def _held_config(run_dir: Path, has_checkpoint: bool) -> Config | None:
+    """The configuration of what was trained here; None where nothing was."""
+    held = read_config(run_dir)
+    return held if has_checkpoint or (run_dir / "metrics.jsonl").exists() else None
 
 
 def last_schedule_step(config: Config, num_train: int) -> int | None:
@@ -93,12 +124,3 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
         os.replace(partial, run_dir / "evaluation.json")
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror})") from None
-
-
-def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    if key in MAY_CHANGE:
-        return []
-    if isinstance(old, dict):
-        prefix = f"{key}." if key else ""
-        return [d for k in old for d in _differences(old[k], new[k], f"{prefix}{k}")]
-    return [(key, old, new)] if old != new else []

@@ -8,15 +8,15 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from dbdist import build
-from dbdist.checkpoint import find_checkpoint
 from dbdist.cli import guarded, parse_config
 from dbdist.config import Config
-from dbdist.data import load_dataset, prepare
+from dbdist.data import dataset_spec, load_dataset, prepare
 from dbdist.errors import CheckpointError
 from dbdist.evaluation import Evaluation
 from dbdist.monitor import Monitor, peak_memory_mb
 from dbdist.parallel.topology import Launch, Topology, build_topology
-from dbdist.run_dir import claim, write_evaluation
+from dbdist.rank_state import describe_model
+from dbdist.run_dir import claim, find_own_checkpoint, write_evaluation
 from dbdist.trainer import Trainer, layout_of
 
 
@@ -40,30 +40,24 @@ def train(config: Config, topology: Topology) -> Evaluation:
     """Sets a run up on this rank and trains it. Collective."""
     start = time.perf_counter()
     run_dir = Path(config.run_dir)
-    with topology.agree():
-        if topology.local_rank == 0:
-            prepare(config.data)
-    with topology.agree("loading the data"):
-        train_set, test_set = load_dataset(config.data, "train"), load_dataset(config.data, "test")
-    with topology.agree("opening the run directory"):
-        checkpoint = find_checkpoint(run_dir)
-        if config.checkpoint.resume is True and checkpoint is None:
-            raise CheckpointError(
-                f"checkpoint.resume is true, but {run_dir} has no complete checkpoint; "
-                "leave it out to start"
-            )
-        if config.checkpoint.resume is False and checkpoint is not None:
-            raise CheckpointError(
-                f"checkpoint.resume is false, but {run_dir} holds a checkpoint of "
-                f"step {checkpoint.step}; give another run_dir"
-            )
+    with topology.agree("opening the run directory"):  # first: it takes no time
+        checkpoint = find_own_checkpoint(config)
     with topology.agree():
         if len(set(steps := topology.gather(checkpoint and checkpoint.step))) > 1:
             raise CheckpointError(
                 f"{run_dir} is not the same folder on all ranks: they see checkpoints {steps}"
             )
+        if topology.local_rank == 0:
+            prepare(config.data)
+    with topology.agree("reading the dataset's folder"):
+        spec = dataset_spec(config.data)
+        if checkpoint is not None:
+            checkpoint.check_fits(describe_model(config, spec))
+    with topology.agree("loading the data"):
+        train_set, test_set = load_dataset(config.data, "train"), load_dataset(config.data, "test")
+    with topology.agree():
         if topology.is_coordinator:
-            build.architecture(config, train_set.spec)  # raises before anything is written
+            build.architecture(config, spec)  # raises before anything is written
             claim(config, len(train_set), checkpoint and checkpoint.step)
     with topology.agree("building the model"):
         trainer = Trainer(config, topology, train_set, test_set, checkpoint)
