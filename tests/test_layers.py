@@ -16,7 +16,8 @@ SOURCES = {
 LOWEST = ("noise", "seeds", "errors", "config", "models", "sampler")
 PURE = (*LOWEST, "denoiser", "tasks", "data", "ema", "inference")
 ENTRY_POINTS = tuple(
-    f"dbdist.{name}" for name in ("train", "evaluate", "export", "import_published", "cli", "bench")
+    f"dbdist.{name}"
+    for name in ("train", "evaluate", "plan", "export", "import_published", "cli", "bench")
 )
 
 

@@ -2,17 +2,21 @@
 
 Built once from the launcher's environment and passed around; nothing else reads RANK or WORLD_SIZE.
 World = blocks x replicas, plus one with a dedicated coordinator; rank 0 is always the coordinator.
-Ranks are laid out block by block, so that the copies of a block, which talk most, are neighbours.
+The copies of a block, which talk most, are on one node where they fit.
 """
 
 import os
 import signal
 import socket
 import time
+import uuid
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import cached_property
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -24,40 +28,109 @@ from dbdist.parallel.meter import Meter
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher told this process; one process of one when there is no launcher."""
+    """What the launcher told this process; one process of one when there is no launcher.
+
+    torchrun, accelerate (it runs torchrun's agent) and the DeepSpeed launcher tell the same under
+    different names: this is the one place that reads them.
+    """
 
     rank: int
     world_size: int
     local_rank: int
+    """Place among the ranks of this node; it picks the GPU."""
     local_world_size: int
     attempt: int = 0
+    """Restarts so far, as this node counts them: torchrun's agents count their own ranks' failures
+    alone."""
+    node: int = 0
 
     @staticmethod
     def from_environment() -> "Launch":
-        """Raises TopologyError for a launcher whose variables are incomplete."""
-        environment = os.environ
-        if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        """Raises TopologyError for variables that are incomplete or contradict each other, and for
+        many processes of a launcher that numbers none."""
+        if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+            for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+                if (count := os.environ.get(name, "1")) != "1":
+                    raise TopologyError(
+                        f"{count} processes were started without RANK and WORLD_SIZE ({name}); let "
+                        "srun or mpirun start one torchrun on each node, see launch/README.md"
+                    )
             return Launch(0, 1, 0, 1)
-        try:
-            world_size = int(environment["WORLD_SIZE"])
-            return Launch(
-                int(environment["RANK"]),
-                world_size,
-                int(environment.get("LOCAL_RANK", "0")),
-                int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", world_size))),
-                int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
-            )
-        except (KeyError, ValueError) as error:
+        rank, world_size = _number("RANK"), _number("WORLD_SIZE")
+        local_rank = _number("LOCAL_RANK", default=-1)
+        # LOCAL_SIZE and CROSS_RANK are the DeepSpeed launcher's; without either there is one node.
+        local_world_size = _number("LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=-1)
+        if local_world_size < 0:
+            if local_rank not in (-1, rank):
+                raise TopologyError(
+                    f"rank {rank} is local rank {local_rank}, but the environment does not say how "
+                    "many ranks its node has; set LOCAL_WORLD_SIZE, or start with torchrun"
+                )
+            local_world_size = world_size
+        if local_rank < 0:
+            local_rank = rank % max(local_world_size, 1)
+        if not (rank < world_size and local_rank < local_world_size <= world_size):
             raise TopologyError(
-                f"the launcher's environment is incomplete ({error}); start with torchrun, or "
-                "unset RANK and WORLD_SIZE"
-            ) from None
+                f"the launcher's environment contradicts itself: rank {rank} of {world_size}, "
+                f"{local_rank} of {local_world_size} on its node; start with torchrun"
+            )
+        if world_size > 1:
+            _variable("MASTER_ADDR")
+            _number("MASTER_PORT")
+        return Launch(
+            rank,
+            world_size,
+            local_rank,
+            local_world_size,
+            _number("TORCHELASTIC_RESTART_COUNT", default=0),
+            _number("GROUP_RANK", "CROSS_RANK", default=rank // local_world_size),
+        )
 
     def store(self, timeout_s: float) -> dist.Store:
-        """The launcher's key-value store, under a prefix of this attempt: a restarted world must
-        not read the addresses of the one before."""
+        """The launcher's key-value store, under a prefix that only this start of the world has: a
+        restarted world must not read the addresses of the one before.
+
+        Raises TopologyError when the ranks have not met in time; rank 0 says who is missing.
+        """
+        try:
+            store = self._launchers_store(timeout_s)
+            return dist.PrefixStore(self._meet(store, timeout_s), store)
+        except dist.DistError as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise TopologyError(
+                f"rank {self.rank} does not meet the other ranks at {address}: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
+
+    def _launchers_store(self, timeout_s: float) -> dist.Store:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-        return dist.PrefixStore(f"attempt{self.attempt}", store)
+        return store
+
+    def _meet(self, store: dist.Store, timeout_s: float) -> str:
+        """A name for this start, the same on every rank. Rank 0 invents it and sends it in answer
+        to each rank's own new name; what an earlier start has left in the store answers nobody."""
+        name = uuid.uuid4().hex
+        if self.rank > 0:
+            store.set(f"arrived/{self.rank}", name)
+            start = store.get(f"answer/{name}").decode()
+            store.set(f"{start}/{self.rank}", "here")
+            return start
+        deadline = time.monotonic() + timeout_s
+        missing = set(range(1, self.world_size))
+        while missing:
+            for rank in sorted(missing):
+                if store.check([f"{name}/{rank}"]):
+                    missing.remove(rank)
+                elif store.check([f"arrived/{rank}"]):
+                    arrived = store.get(f"arrived/{rank}").decode()
+                    store.set(f"answer/{arrived}", name)
+            if time.monotonic() > deadline:
+                raise TopologyError(
+                    f"rank{'s'[: len(missing) > 1]} {', '.join(map(str, sorted(missing)))} of "
+                    f"{self.world_size} did not come within {timeout_s:g} s (parallel.timeout_s)"
+                )
+            time.sleep(0.01)
+        return name
 
     def leave_together(self, seconds: float = 5.0) -> None:
         """Waits until every rank is about to leave because of a user's mistake; gives up after
@@ -69,7 +142,7 @@ class Launch:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         deadline = time.monotonic() + seconds
         with suppress(RuntimeError, ValueError, OSError):  # the store is gone: so are the others
-            store = self.store(seconds)
+            store = dist.PrefixStore(f"leaving{self.attempt}", self._launchers_store(seconds))
             store.add("leaving", 1)
             while store.add("leaving", 0) < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.02)
@@ -80,12 +153,16 @@ class Layout:
     """The arithmetic of the placement, without any process.
 
     One block with R replicas also describes data parallelism of a whole model, and one block
-    without replicas a single process.
+    without replicas a single process. Block after block takes its ranks on the first node that has
+    enough free ones; blocks that fit on none share what is left, node after node. On one node that
+    is block by block. Rank 0 is the coordinator: alone, or as the first copy of block 0.
     """
 
     num_blocks: int
     num_replicas: int = 1
-    coordinator: Literal["colocated", "dedicated"] = "colocated"
+    coordinator: Literal["colocated", "dedicated", "sharded"] = "colocated"
+    nodes: tuple[int, ...] | None = None
+    """The node of each rank; None: all are on one."""
 
     @property
     def offset(self) -> int:
@@ -97,19 +174,59 @@ class Layout:
         return self.num_blocks * self.num_replicas + self.offset
 
     def rank_of(self, block: int, replica: int) -> int:
-        return self.offset + block * self.num_replicas + replica
+        return self._ranks[block][replica]
 
     def place_of(self, rank: int) -> tuple[int, int] | None:
         """(block, replica) of a rank; None for a dedicated coordinator."""
-        return None if rank < self.offset else divmod(rank - self.offset, self.num_replicas)
+        return self._places[rank]
 
     def chain(self, replica: int) -> list[int]:
         """The ranks that hold blocks 0, 1, … of one replica."""
-        return [self.rank_of(block, replica) for block in range(self.num_blocks)]
+        return [ranks[replica] for ranks in self._ranks]
 
     def replicas(self, block: int) -> list[int]:
-        """The ranks that hold copies of one block; the first is its leader."""
-        return [self.rank_of(block, replica) for replica in range(self.num_replicas)]
+        """The ranks that hold copies of one block, ascending; the first is its leader."""
+        return list(self._ranks[block])
+
+    def nodes_of(self, block: int) -> list[int]:
+        """The nodes that hold copies of one block."""
+        return sorted({self.nodes[rank] if self.nodes else 0 for rank in self._ranks[block]})
+
+    @property
+    def straddling(self) -> list[int]:
+        """The blocks whose copies are on several nodes."""
+        return [block for block in range(self.num_blocks) if len(self.nodes_of(block)) > 1]
+
+    @cached_property
+    def _ranks(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each block."""
+        nodes = self.nodes or (0,) * self.world_size
+        assert len(nodes) == self.world_size, f"{len(nodes)} nodes of {self.world_size} ranks"
+        free: dict[int, list[int]] = {node: [] for node in nodes}  # rank 0's node first
+        for rank in range(self.offset, self.world_size):
+            free[nodes[rank]].append(rank)
+        # Rank 0 has to hold block 0: where its node is too small for that, block 0 straddles.
+        is_too_small = not self.offset and len(free[nodes[0]]) < self.num_replicas
+        whole = deque(range(int(is_too_small), self.num_blocks))
+        ranks_of: dict[int, tuple[int, ...]] = {}
+        for ranks in free.values():
+            while whole and len(ranks) >= self.num_replicas:
+                ranks_of[whole.popleft()] = tuple(ranks[: self.num_replicas])
+                del ranks[: self.num_replicas]
+        rest = iter([rank for ranks in free.values() for rank in ranks])
+        return tuple(
+            ranks_of.get(block) or tuple(sorted(islice(rest, self.num_replicas)))
+            for block in range(self.num_blocks)
+        )
+
+    @cached_property
+    def _places(self) -> tuple[tuple[int, int] | None, ...]:
+        """(block, replica) of each rank."""
+        places: list[tuple[int, int] | None] = [None] * self.world_size
+        for block, ranks in enumerate(self._ranks):
+            for replica, rank in enumerate(ranks):
+                places[rank] = block, replica
+        return tuple(places)
 
     def check(self, world_size: int) -> None:
         """Raises TopologyError, saying which number of processes fits, for a world of another
@@ -221,8 +338,28 @@ class Topology:
         dist.all_gather_object(values, value)
         return values
 
+    def own_group(self) -> dist.ProcessGroup:
+        """The copies of this rank's block, even if it is the only one."""
+        return self.replica_group or self.group_of_one()
+
+    def group_of_one(self) -> dist.ProcessGroup:
+        """A new group of this rank alone, for engines that know nothing but groups."""
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        if not dist.is_initialized():
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        if not self.uses_nccl and self.store is not None:
+            backend = "gloo"
+        group = dist.new_group([self.rank], backend=backend, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        return group
+
+    def tell_environment(self) -> None:
+        """For DeepSpeed, which reads device and local rank there, launcher or not."""
+        os.environ.setdefault("DS_ACCELERATOR", self.device.type)
+        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
+
     def close(self) -> None:
-        if self.store is not None and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -244,7 +381,7 @@ def build_topology(
     timeout_s: float = 600.0,
     store: dist.Store | None = None,
 ) -> Topology:
-    """Joins the process group and makes every subgroup. Collective.
+    """Joins the process group, learns every rank's node and makes every subgroup. Collective.
 
     store: where the ranks meet; the launcher's when None. Raises TopologyError when the number of
     processes does not fit the layout, before anything is joined.
@@ -264,6 +401,9 @@ def build_topology(
         world_size=launch.world_size,
         timeout=timedelta(seconds=timeout_s),
     )
+    nodes = [launch.node] * launch.world_size
+    dist.all_gather_object(nodes, launch.node)
+    layout = replace(layout, nodes=tuple(nodes))
     uses_nccl = _every_rank_has_its_own_gpu(device if has_nccl else None, launch.world_size)
     backend = None if uses_nccl else "gloo"
     p2p_group = _group(list(range(launch.world_size)), launch.rank, backend)
@@ -300,3 +440,26 @@ def _group(ranks: list[int], rank: int, backend: str | None) -> dist.ProcessGrou
     """A process group of these ranks, None on others; every rank makes it. Collective."""
     group = dist.new_group(ranks, backend=backend)
     return group if rank in ranks and isinstance(group, dist.ProcessGroup) else None
+
+
+def _variable(*names: str) -> str:
+    """The first of these environment variables that is set. Raises TopologyError without any."""
+    for name in names:
+        if value := os.environ.get(name):
+            return value
+    raise TopologyError(
+        f"the launcher's environment is incomplete: {names[0]} is missing; start with torchrun, or "
+        "unset RANK and WORLD_SIZE"
+    )
+
+
+def _number(*names: str, default: int | None = None) -> int:
+    """The same as a number, 0 or more; the default where none is set."""
+    if default is not None and not any(os.environ.get(name) for name in names):
+        return default
+    value = _variable(*names)
+    if not value.isdecimal():
+        raise TopologyError(
+            f"the launcher's environment says {names[0]} is {value!r}, which is no number of ranks"
+        )
+    return int(value)
