@@ -54,7 +54,7 @@ def build_block(
     )
 
 
-def join(config: Config, shared: nn.Module, block: vit.Block) -> Denoiser | vit.PlainViT:
+def join(config: Config, shared: nn.Module, block: nn.Module) -> Denoiser | vit.PlainViT:
     """Shared modules and a block as the model that runs: a denoiser, or the plain ViT."""
     if isinstance(shared, vit.ViTShared):
         return Denoiser(shared, block, config.noise_schedule())

@@ -176,10 +176,17 @@ class ParallelConfig:
     """Which rank does what (block_parallel; the other modes have no blocks to spread)."""
 
     replicas: int = 1
-    """Data-parallel copies R of each block (DDP); the world has num_blocks x R ranks."""
-    coordinator: Literal["colocated", "dedicated"] = "colocated"
-    """Owner of the shared modules: rank 0 beside block 0, or a rank 0 of its own (one rank
-    more)."""
+    """Data-parallel copies R of each block; the world has num_blocks x R ranks."""
+    replica_engine: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    """How the copies of a block share its work: every rank with the whole block (ddp), or its
+    weights, gradients and optimizer split among them by FSDP2 (fsdp) or DeepSpeed ZeRO (deepspeed).
+    Also for end_to_end, whose copies are all processes."""
+    deepspeed_config: str | None = None
+    """Standard DeepSpeed JSON file, for replica_engine: deepspeed; null: ZeRO stage 1. Batch sizes,
+    clipping, precision and optimizer come from this configuration."""
+    coordinator: Literal["colocated", "dedicated", "sharded"] = "colocated"
+    """Owner of the shared modules and their optimizer: rank 0 beside block 0, a rank 0 of its own
+    (one rank more), or all ranks a part each (sharded, for large embeddings)."""
     sync: Literal["step", "every", "never"] = "step"
     """Shared modules: gradients averaged each step; parameters averaged every sync_every steps; or
     never, each block keeping its own."""
@@ -440,10 +447,22 @@ class Config:
             raise ConfigError(
                 "parallel.outer_lr and parallel.outer_momentum need parallel.sync: every"
             )
-        if self.mode == "block_parallel" and p.sync == "never" and p.coordinator == "dedicated":
+        if self.mode == "block_parallel" and p.sync == "never" and p.coordinator != "colocated":
             raise ConfigError(
-                "parallel.coordinator: dedicated has nothing to do with parallel.sync: never; "
-                "use colocated"
+                f"parallel.coordinator: {p.coordinator} has nothing to do with parallel.sync: "
+                "never; use colocated"
+            )
+        if p.sync == "every" and p.coordinator == "sharded":
+            raise ConfigError(
+                "parallel.coordinator: sharded splits the one optimizer that only parallel.sync: "
+                "step has; with sync: every each block has its own, so use colocated"
+            )
+        if p.deepspeed_config is not None and p.replica_engine != "deepspeed":
+            raise ConfigError("parallel.deepspeed_config needs parallel.replica_engine: deepspeed")
+        if self.mode == "sequential" and p.replica_engine != "ddp":
+            raise ConfigError(
+                f"parallel.replica_engine: {p.replica_engine} has no replicas to serve in mode "
+                "sequential; leave it out"
             )
         defaults = (1, "colocated", "step")
         if self.mode != "block_parallel" and (p.replicas, p.coordinator, p.sync) != defaults:

@@ -9,7 +9,7 @@ precision.
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dbdist.models.vit import Block, ViTShared
+from dbdist.models.vit import ViTShared
 from dbdist.noise import NoiseSchedule
 
 
@@ -17,7 +17,8 @@ class Denoiser(nn.Module):
     """Shared modules and one block, as one module. Source: EDM (2206.00364) equation 7, with the
     head's output in place of D, because the task turns logits into a denoised state."""
 
-    def __init__(self, shared: ViTShared, block: Block, schedule: NoiseSchedule) -> None:
+    def __init__(self, shared: ViTShared, block: nn.Module, schedule: NoiseSchedule) -> None:
+        """block: a `Block`, or what stands for one among its replicas."""
         super().__init__()
         self.shared = shared
         self.block = block

@@ -4,14 +4,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Ema:
     """average <- decay * average + (1 - decay) * weights after each step; starts at the initial
     weights."""
 
-    def __init__(self, decay: float, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, decay: float, parameters: Mapping[str, Tensor]) -> None:
+        """parameters: sharing the memory of the weights."""
         self.decay = decay
         self._parameters = dict(parameters)
         self.averages: dict[str, Tensor] = {n: p.detach().clone() for n, p in parameters.items()}

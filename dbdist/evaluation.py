@@ -81,6 +81,8 @@ def chain_answers(
     results: list[Answers] = []
 
     def first(i: int) -> Tensor:
+        if micro.is_idle(i):
+            return torch.zeros(1, *shape, dtype=table.dtype, device=topology.device)
         batch_idx, start, stop = micro.places[i]
         z = micro.initial_state(sampler, batch_idx, (width,))
         rows = z.unflatten(0, (-1, sampler.num_draws)).flatten(1)[start:stop].to(topology.device)
@@ -91,13 +93,12 @@ def chain_answers(
         z, answer_sum = rows[:, :state_size].reshape(-1, width), rows[:, state_size:]
         z, answer = sampler.run_block(topology.block or 0, denoiser, task, images, z)
         answer_sum, answer = _read_out(config, topology.block or 0, answer, answer_sum)
-        results.append(Answers(labels, answer))
+        if not micro.is_idle(i):
+            results.append(Answers(labels, answer))
         return torch.cat([z.reshape(len(labels), -1), answer_sum], dim=1)
 
     shape = (state_size + (num_classes if accumulate else 0),)
-    Chain(topology).run(
-        [stop - start for _, start, stop in micro.places], shape, table.dtype, first, work
-    )
+    Chain(topology).run(micro.sizes, shape, table.dtype, first, work)
     return results
 
 
@@ -203,9 +204,11 @@ def _plain_answers(
     assert isinstance(model, PlainViT)
     model.eval()
     micro = _MicroBatches(config, topology, dataset, model.shared.positions.dtype)
-    for i in range(len(micro.places)):
+    for i in range(len(micro.sizes)):
         images, labels = micro.load(i)
-        yield 0, Answers(labels, model(images))
+        answer = model(images)
+        if not micro.is_idle(i):
+            yield 0, Answers(labels, answer)
 
 
 def _sampler_used(config: Config) -> dict[str, Any]:
@@ -218,8 +221,11 @@ def _sampler_used(config: Config) -> dict[str, Any]:
 
 
 class _MicroBatches:
-    """The test images of one replica, loaded batch by batch, as a list of micro-batches in
-    order."""
+    """The test images of one replica, loaded batch by batch, as a list of micro-batches in order.
+
+    Replicas that split a block's weights compute together, so all take as many micro-batches: those
+    with fewer images end with idle ones, of one empty image.
+    """
 
     def __init__(
         self, config: Config, topology: Topology, dataset: ImageDataset, dtype: torch.dtype
@@ -227,17 +233,23 @@ class _MicroBatches:
         e = config.eval
         self._config, self._device, self._dtype = config, topology.device, dtype
         num_samples = num_test_samples(dataset, e.batch_size, e.drop_last)
+        self._image_shape = dataset.spec.channels, dataset.spec.image_size, dataset.spec.image_size
         self._sizes = {
             b: min(e.batch_size, num_samples - first)
             for b, first in enumerate(range(0, num_samples, e.batch_size))
-            if b % topology.layout.num_replicas == topology.replica
         }
-        self.places = [
-            (b, start, min(start + e.micro_batch_size, size))
-            for b, size in self._sizes.items()
-            for start in range(0, size, e.micro_batch_size)
-        ]
-        """(batch, first row, end row) of each micro-batch."""
+        num_replicas = topology.layout.num_replicas
+        places: list[list[tuple[int, int, int]]] = [[] for _ in range(num_replicas)]
+        for b, size in self._sizes.items():
+            places[b % num_replicas] += [
+                (b, start, min(start + e.micro_batch_size, size))
+                for start in range(0, size, e.micro_batch_size)
+            ]
+        self.places = places[topology.replica]
+        """(batch, first row, end row) of each micro-batch that is not idle."""
+        num_idle = max(map(len, places)) - len(self.places)
+        self.sizes = [stop - start for _, start, stop in self.places] + [1] * num_idle
+        """Rows of each micro-batch."""
         self._batches = test_batches(
             dataset,
             e.batch_size,
@@ -249,8 +261,15 @@ class _MicroBatches:
         self._batch: tuple[int, Tensor, Tensor] | None = None
         self._state: tuple[int, Tensor] | None = None
 
+    def is_idle(self, i: int) -> bool:
+        """Whether a micro-batch is there for the other replicas' sake."""
+        return i >= len(self.places)
+
     def load(self, i: int) -> tuple[Tensor, Tensor]:
         """(images, labels) of a micro-batch; to be called in order."""
+        if self.is_idle(i):
+            images = torch.zeros(1, *self._image_shape, dtype=self._dtype, device=self._device)
+            return images, torch.zeros(1, dtype=torch.int64, device=self._device)
         batch_idx, start, stop = self.places[i]
         if self._batch is None or self._batch[0] != batch_idx:
             images, labels, loaded = next(self._batches)

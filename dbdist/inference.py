@@ -182,9 +182,17 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Copies weights into the module by name. Raises CheckpointError where names or shapes
-    differ."""
-    own = dict(module.named_parameters())
+    """Copies weights into the module by name. Raises CheckpointError where they do not fit."""
+    check_weights({name: p.shape for name, p in module.named_parameters()}, weights, source)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(weights[name])
+
+
+def check_weights(
+    own: Mapping[str, torch.Size], weights: Mapping[str, Tensor], source: Path
+) -> None:
+    """Raises CheckpointError where names or shapes differ from a module's own."""
     for problem, names in (
         ("lacks", own.keys() - weights.keys()),
         ("has a foreign", weights.keys() - own.keys()),
@@ -193,14 +201,12 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None
             raise CheckpointError(
                 f"{source} {problem} tensor {min(names)}: it belongs to another model"
             )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            if parameter.shape != weights[name].shape:
-                raise CheckpointError(
-                    f"{source}: {name} has shape {list(weights[name].shape)}, the model needs "
-                    f"{list(parameter.shape)}"
-                )
-            parameter.copy_(weights[name])
+    for name, shape in own.items():
+        if shape != weights[name].shape:
+            raise CheckpointError(
+                f"{source}: {name} has shape {list(weights[name].shape)}, the model needs "
+                f"{list(shape)}"
+            )
 
 
 def network_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ belongs to other ranks.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,20 +20,21 @@ from dbdist.checkpoint import (
     block_file,
     ema_file,
     optimizer_file,
-    optimizer_tensors,
-    restore_optimizer,
     split_private,
 )
 from dbdist.config import Config
 from dbdist.data import DatasetSpec
 from dbdist.ema import Ema
 from dbdist.evaluation import Model
-from dbdist.inference import fill
-from dbdist.models.vit import Block
+from dbdist.inference import check_weights, fill
+from dbdist.models.vit import Block, ViTConfig, initial_weights
 from dbdist.monitor import Ownership
-from dbdist.parallel.coordinator import Averaged, Coordinated, Private, SharedSync
-from dbdist.parallel.replicas import Replicas
+from dbdist.optimizer_state import flatten, load_state, state_of, unflatten
+from dbdist.parallel import zero
+from dbdist.parallel.coordinator import Averaged, Coordinated, Private, Sharded, SharedSync
+from dbdist.parallel.replicas import Engine, Fsdp, SharedGradients, Whole, check_engine, clip
 from dbdist.parallel.topology import Topology
+from dbdist.parallel.zero import Zero
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,16 @@ class OwnedBlock:
     module: Block
     model: Model
     """The block joined with this rank's shared modules: what runs at inference."""
-    replicas: Replicas
+    objective: nn.Module
     """The training objective around it."""
-    optimizer: torch.optim.Optimizer
+    engine: Engine
+    """The block among its replicas, and its optimizer."""
+    shapes: dict[str, torch.Size]
+    """Of the whole parameters, whatever part of them is here."""
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(shape.numel() for shape in self.shapes.values())
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -71,23 +80,29 @@ class RankState:
         device = topology.device
         self.shared = build.build_shared(config, sizes, seed, device)
         self.blocks: list[OwnedBlock] = []
+        check_engine(config.parallel.replica_engine, topology)
         for index in indices:
-            module = build.build_block(config, sizes, index, seed, device)
-            model = build.join(config, self.shared, module)
+            module, engine, shapes = self._build_engine(sizes, index, seed)
+            model = build.join(config, self.shared, engine.module)
             objective = build.build_objective(config, model)
-            replicas = Replicas(objective, topology)
-            self.blocks.append(OwnedBlock(index, module, model, replicas, self._adamw(module)))
+            self.blocks.append(OwnedBlock(index, module, model, objective, engine, shapes))
         self.sync = self._build_sync()
+        self._shared_gradients = SharedGradients(topology, self.shared_parameters)
         self.ema: Ema | None = None
         is_bystander = self._is_private and not self.blocks
         if config.train.ema_decay > 0 and not is_bystander:
             self.ema = Ema(config.train.ema_decay, self.parameters)
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters on this rank by name."""
-        own = {name: p for owned in self.blocks for name, p in owned.parameters.items()}
-        return {**_prefixed(self.shared_parameters), **own}
+    def parameters(self) -> dict[str, Tensor]:
+        """All that lies on this rank of all parameters, by name; shares their memory."""
+        own = {
+            name: owned.engine.part(parameter)
+            for owned in self.blocks
+            for name, parameter in owned.parameters.items()
+        }
+        shared = {name: p.detach() for name, p in self.shared_parameters.items()}
+        return {**_prefixed(shared), **own}
 
     @property
     def shared_parameters(self) -> dict[str, nn.Parameter]:
@@ -95,13 +110,21 @@ class RankState:
 
     def set_training(self, mode: bool) -> None:
         for owned in self.blocks:
-            owned.replicas.objective.train(mode)
+            owned.objective.train(mode)
 
-    def clip_gradients(self, owned: OwnedBlock) -> Tensor:
-        """Scales the gradients of a block and of the shared modules to `train.clip_norm` at most;
-        returns their global norm before."""
-        parameters = [*owned.module.parameters(), *self.shared.parameters()]
-        return nn.utils.clip_grad_norm_(parameters, self.config.train.clip_norm or math.inf)
+    def zero_gradients(self, owned: OwnedBlock) -> None:
+        """Before a step."""
+        owned.engine.zero_grad()
+        self.shared.zero_grad()
+
+    def clip_gradients(self, owned: OwnedBlock) -> tuple[Tensor, Tensor]:
+        """Averages the shared gradients over the replicas and holds the global norm of block and
+        shared modules to `train.clip_norm`.
+
+        Returns that norm before, and the factor that the block's step has still to apply.
+        """
+        self._shared_gradients.average()
+        return clip(owned.engine, self.shared.parameters(), self.config.train.clip_norm)
 
     def set_lr(self, progress: float, last_step: int) -> None:
         """Linear warm-up, then constant or half a cosine. progress: steps of each block done
@@ -116,16 +139,19 @@ class RankState:
             done = min(1.0, (progress - t.warmup_steps) / max(1, last - t.warmup_steps))
             cosine = (1 + math.cos(math.pi * done)) / 2
             factor = t.min_lr_ratio + (1 - t.min_lr_ratio) * cosine
-        for optimizer in (*(owned.optimizer for owned in self.blocks), self.sync.optimizer):
+        for optimizer in (*(owned.engine.optimizer for owned in self.blocks), self.sync.optimizer):
             for group in optimizer.param_groups if optimizer else ():
                 group["lr"] = t.lr * factor
 
     def ownership(self) -> Ownership:
         """This rank's row in the table of who owns what."""
         config, topology = self.config, self.topology
-        own = sum(p.numel() for owned in self.blocks for p in owned.module.parameters())
+        own = sum(owned.num_parameters for owned in self.blocks)
         shared = sum(p.numel() for p in self.shared.parameters())
-        optimized = own + (shared if self.sync.optimizer is not None else 0)
+        optimized = sum(owned.engine.num_optimized for owned in self.blocks)
+        if self.sync.optimizer is not None:
+            groups = self.sync.optimizer.param_groups
+            optimized += sum(p.numel() for group in groups for p in group["params"])
         layers = [i for owned in self.blocks for i in config.layers_of_block[owned.index]]
         sigma = None
         if config.mode != "end_to_end" and self.blocks:
@@ -149,33 +175,49 @@ class RankState:
 
     def files(self) -> Files:
         """What this rank writes: its blocks if it is their first replica (with its copy of the
-        shared modules if that is private), and on the coordinator the shared modules of all."""
+        shared modules if that is private), and on the coordinator the shared modules of all.
+        Collective, where something is split among ranks."""
         files: dict[str, dict[str, Tensor]] = {}
+        for owned in self.blocks:
+            files.update(self._block_files(owned))
+        if not self.topology.is_leader:
+            files = {}
         sync, shared = self.sync, self.shared_parameters
-        if self.topology.is_leader:
-            for owned in self.blocks:
-                name = block_file(owned.index)
-                files[name] = {
-                    **owned.parameters,
-                    **(_prefixed(shared) if self._is_private else {}),
-                }
-                state = optimizer_tensors(owned.optimizer, owned.parameters)
-                if self._is_private and sync.optimizer is not None:
-                    state |= optimizer_tensors(sync.optimizer, shared, PREFIX)
-                files[optimizer_file(name)] = state
-                if self.ema:
-                    files[ema_file(name)] = {k: self.ema.averages[k] for k in files[name]}
-        if self.topology.is_coordinator:
-            if isinstance(sync, Averaged):
-                files[SHARED] = dict(sync.anchor)
-                if sync.outer is not None:
-                    files[optimizer_file(SHARED)] = optimizer_tensors(sync.outer, sync.anchor)
-            elif not self._is_private:
+        shared_optimizer = optimizer_file(SHARED)
+        if isinstance(sync, Sharded):
+            files[shared_optimizer] = flatten(sync.optimizer_state())
+        if not self.topology.is_coordinator:
+            files.pop(shared_optimizer, None)
+            return files
+        if isinstance(sync, Averaged):
+            files[SHARED] = {**sync.anchor}
+            if sync.outer is not None:
+                files[shared_optimizer] = flatten(state_of(sync.outer, sync.anchor))
+        elif not self._is_private:
+            files[SHARED] = {**shared}
+            if not isinstance(sync, Sharded):
                 assert sync.optimizer is not None
-                files[SHARED] = {**shared}
-                files[optimizer_file(SHARED)] = optimizer_tensors(sync.optimizer, shared)
-                if self.ema:
-                    files[ema_file(SHARED)] = {k: self.ema.averages[PREFIX + k] for k in shared}
+                files[shared_optimizer] = flatten(state_of(sync.optimizer, shared))
+            if self.ema:
+                files[ema_file(SHARED)] = {k: self.ema.averages[PREFIX + k] for k in shared}
+        return files
+
+    def _block_files(self, owned: OwnedBlock) -> dict[str, dict[str, Tensor]]:
+        name, engine, shared = block_file(owned.index), owned.engine, self.shared_parameters
+        files = {name: engine.weights()}
+        state = flatten(engine.optimizer_state())
+        if self.ema:
+            files[ema_file(name)] = {
+                k: engine.whole(p, self.ema.averages[k]) for k, p in owned.parameters.items()
+            }
+        if self._is_private:
+            files[name] |= _prefixed(shared)
+            if self.sync.optimizer is not None:
+                state |= flatten(state_of(self.sync.optimizer, shared), PREFIX)
+            if self.ema:
+                own = {k: self.ema.averages[k] for k in _prefixed(shared)}
+                files[ema_file(name)] |= own
+        files[optimizer_file(name)] = state
         return files
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -189,50 +231,85 @@ class RankState:
                 for name, tensor in sync.anchor.items():
                     tensor.copy_(shared[name])
             if sync.outer is not None:
-                state = checkpoint.tensors(optimizer_file(SHARED))
-                restore_optimizer(sync.outer, sync.anchor, state)
+                state = unflatten(checkpoint.tensors(optimizer_file(SHARED)))
+                load_state(sync.outer, sync.anchor, state)
         elif not self._is_private and sync.optimizer is not None:
-            state = checkpoint.tensors(optimizer_file(SHARED))
-            restore_optimizer(sync.optimizer, shared, state)
+            state = unflatten(checkpoint.tensors(optimizer_file(SHARED)))
+            if isinstance(sync, Sharded):
+                sync.take_over()
+                sync.set_optimizer_state(state)
+            else:
+                load_state(sync.optimizer, shared, state)
         if self.ema and not self._is_private:
             self.ema.load(_prefixed(checkpoint.tensors(ema_file(SHARED))))
         for owned in self.blocks:
             self._restore_block(checkpoint, owned)
 
     def _restore_block(self, checkpoint: Checkpoint, owned: OwnedBlock) -> None:
-        name = block_file(owned.index)
-        weights, state = checkpoint.tensors(name), checkpoint.tensors(optimizer_file(name))
-        layers, private = split_private(weights)
-        fill(owned.module, layers, checkpoint.path / name)
-        restore_optimizer(owned.optimizer, owned.parameters, state)
+        name, engine = block_file(owned.index), owned.engine
+        if self.ema:  # through the weights: an engine knows how to split these
+            averages, private = split_private(checkpoint.tensors(ema_file(name)))
+            check_weights(owned.shapes, averages, checkpoint.path / ema_file(name))
+            engine.set_weights(averages.items())
+            self.ema.load({k: engine.part(p) for k, p in owned.parameters.items()})
+            self.ema.load(_prefixed(private))
+        layers, private = split_private(checkpoint.tensors(name))
+        check_weights(owned.shapes, layers, checkpoint.path / name)
+        engine.set_weights(layers.items())
+        tensors = checkpoint.tensors(optimizer_file(name))
+        engine.set_optimizer_state(unflatten(split_private(tensors)[0]))
         if self._is_private:
             fill(self.shared, private, checkpoint.path / name)
             assert self.sync.optimizer is not None
-            restore_optimizer(self.sync.optimizer, self.shared_parameters, state, PREFIX)
-        if self.ema:
-            self.ema.load(checkpoint.tensors(ema_file(name)))
+            load_state(self.sync.optimizer, self.shared_parameters, unflatten(tensors, PREFIX))
 
     @property
     def _is_private(self) -> bool:
         """Whether each block's copy of the shared modules has values and an optimizer of its
         own."""
         is_parallel = self.config.mode == "block_parallel"
-        return is_parallel and not isinstance(self.sync, Coordinated)
+        return is_parallel and not isinstance(self.sync, Coordinated | Sharded)
 
-    def _adamw(self, module: nn.Module) -> torch.optim.Optimizer:
+    def _build_engine(
+        self, sizes: ViTConfig, index: int, seed: int | None
+    ) -> tuple[Block, Engine, dict[str, torch.Size]]:
+        """A block, the engine of its replicas, and the shapes of its whole parameters. seed: None
+        leaves the weights empty."""
+        config, topology = self.config, self.topology
+        kind = config.parallel.replica_engine
+        is_split = kind == "fsdp"  # from the start: the block is never whole on any rank
+        place, own_seed = (torch.device("meta"), None) if is_split else (topology.device, seed)
+        module = build.build_block(config, sizes, index, own_seed, place)
+        shapes = {name: p.shape for name, p in module.named_parameters()}
+        engine: Engine
+        if kind == "fsdp":
+            engine = Fsdp(module, topology, self._adamw)
+            if seed is not None:
+                engine.set_weights(initial_weights(module, sizes.init, seed))
+        elif kind == "deepspeed":
+            engine = Zero(
+                module, topology, self._adamw, zero.settings(config, topology.layout.num_replicas)
+            )
+        else:
+            engine = Whole(module, topology, self._adamw)
+        return module, engine, shapes
+
+    def _adamw(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         t = self.config.train
         return torch.optim.AdamW(
-            module.parameters(), t.lr, t.betas, t.eps, weight_decay=t.weight_decay, fused=True
+            parameters, t.lr, t.betas, t.eps, weight_decay=t.weight_decay, fused=True
         )
 
     def _build_sync(self) -> SharedSync:
         p, topology = self.config.parallel, self.topology
         if self.config.mode != "block_parallel" or p.sync == "never":
-            return Private(self._adamw(self.shared))
+            return Private(self._adamw(self.shared.parameters()))
+        if p.coordinator == "sharded":
+            return Sharded(topology, self.shared, self._adamw)
         if p.sync == "step":
-            optimizer = self._adamw(self.shared) if topology.is_coordinator else None
+            optimizer = self._adamw(self.shared.parameters()) if topology.is_coordinator else None
             return Coordinated(topology, self.shared, optimizer)
-        optimizer = self._adamw(self.shared) if self.blocks else None
+        optimizer = self._adamw(self.shared.parameters()) if self.blocks else None
         return Averaged(
             topology, self.shared, optimizer, p.sync_every, p.outer_lr, p.outer_momentum
         )

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from dbdist import seeds
-from dbdist.checkpoint import Checkpoint, CheckpointWriter
+from dbdist.checkpoint import Checkpoint
+from dbdist.checkpoint_writer import CheckpointWriter
 from dbdist.config import Config
 from dbdist.data import BatchStream, ImageDataset
 from dbdist.errors import ConfigError, TopologyError, UserError
@@ -105,19 +106,23 @@ class Trainer:
     def fit(self, monitor: Monitor | None) -> Evaluation:
         """Trains to the last step and evaluates. monitor: on rank 0."""
         self.monitor = monitor
+        if monitor is not None:
+            self.writer.warn = monitor.warn
         if self.topology.is_coordinator:
             self.writer.clean()
         self.topology.barrier()
         self.state.set_training(True)
         evaluation = None
-        for step in range(self.start_step, self.max_steps):
-            self.train_step(step)
-            evaluation = self._after_step(step + 1)
-        if evaluation is None:  # there was nothing left to train
-            evaluation = self.evaluate(self.start_step)
-        self.writer.finish(self.config.parallel.timeout_s)
-        self.close()
-        self.topology.barrier()
+        try:
+            for step in range(self.start_step, self.max_steps):
+                self.train_step(step)
+                evaluation = self._after_step(step + 1)
+            if evaluation is None:  # there was nothing left to train
+                evaluation = self.evaluate(self.start_step)
+            with self.topology.agree():
+                self.writer.finish(self.config.parallel.timeout_s)
+        finally:
+            self.close()
         self._collect()
         return evaluation
 
@@ -144,9 +149,10 @@ class Trainer:
         return evaluation
 
     def close(self) -> None:
-        """Ends the workers that load data."""
+        """Ends the workers that load data, and what is still being saved."""
         for trainee in self.trainees:
             trainee.batches.close()
+        self.writer.close()
 
     # The step
 
@@ -160,25 +166,24 @@ class Trainer:
         with record_function("dbdist::noise"):
             draws = self._draws(trainee)
             self._seed_dropout(trainee)
-        for parameter in (*owned.module.parameters(), *state.shared.parameters()):
-            parameter.grad = None
+        state.zero_gradients(owned)
         size = len(labels_N) // parts
         for first in range(0, len(labels_N), size):
             rows = slice(first, first + size)
             part = draws and draws.part(first, first + size)
-            with owned.replicas.reduce_if(first + size == len(labels_N)):
+            with owned.engine.accumulate(is_last=first + size == len(labels_N)):
                 with record_function("dbdist::forward"), self._autocast():
                     inputs = (images[rows], labels_N[rows], *((part,) if part else ()))
-                    loss: Loss = owned.replicas.objective(*inputs)
+                    loss: Loss = owned.objective(*inputs)
                 with record_function("dbdist::backward"):
-                    (loss.value / parts).backward()
+                    owned.engine.backward(loss.value / parts)
             self._note(trainee, loss, part)
         with record_function("dbdist::optimizer"):
-            norm = state.clip_gradients(owned)
+            norm, scale = state.clip_gradients(owned)
         with record_function("dbdist::sync"):
             state.sync.begin()
         with record_function("dbdist::optimizer"):
-            owned.optimizer.step()
+            owned.engine.step(scale)
             trainee.steps_done += 1
         with record_function("dbdist::sync"):
             state.sync.finish(trainee.steps_done)
@@ -303,7 +308,7 @@ class Trainer:
             f"train/loss/block{block}": loss / num_steps,
             f"train/cross_entropy/block{block}": cross_entropy / num_steps,
             f"train/grad_norm/block{block}": norm / num_steps,
-            f"train/lr/block{block}": trainee.owned.optimizer.param_groups[0]["lr"],
+            f"train/lr/block{block}": trainee.owned.engine.optimizer.param_groups[0]["lr"],
             f"perf/step_ms/block{block}": 1e3 * seconds / num_steps,
             f"perf/samples_per_s/block{block}": samples / seconds,
         }

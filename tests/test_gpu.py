@@ -35,3 +35,18 @@ def test_bf16_trains_on_the_gpu(tmp_path):
     words = (*SMALL, "--train.precision", "bf16", "--device", "cuda", "--run_dir", tmp_path)
     code, _, err, _ = run("dbdist.train", *words, ranks=3)
     assert code == 0, err
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_engines_that_split_train_one_rank_over_nccl(tmp_path, engine):
+    words = (*SMALL, "--model.num_blocks", "1", "--parallel.replica_engine", engine)
+    code, _, err, _ = run("dbdist.train", *words, "--device", "cuda", "--run_dir", tmp_path)
+    assert code == 0, err
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 2, reason="every rank has a GPU of its own")
+def test_engines_that_split_refuse_to_share_a_gpu(tmp_path):
+    words = (*SMALL, "--parallel.replica_engine", "fsdp", "--device", "cuda")
+    code, _, err, _ = run("dbdist.train", *words, "--run_dir", tmp_path, ranks=3)
+    assert code != 0
+    assert "needs a GPU of its own" in err

@@ -12,6 +12,7 @@ classes.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -218,7 +219,8 @@ class PlainViTShared(nn.Module):
 class PlainViT(nn.Module):
     """The whole plain ViT: images to class logits."""
 
-    def __init__(self, shared: PlainViTShared, block: Block) -> None:
+    def __init__(self, shared: PlainViTShared, block: nn.Module) -> None:
+        """block: a `Block` of all layers, or what stands for one among its replicas."""
         super().__init__()
         self.shared = shared
         self.block = block
@@ -263,13 +265,17 @@ def build_block(
 def _materialise(module: M, config: ViTConfig, seed: int | None, device: torch.device) -> M:
     module.to_empty(device=device)
     if seed is not None:
-        _initialise(module, config.init, seed)
+        with torch.no_grad():
+            for name, value in initial_weights(module, config.init, seed):
+                module.get_parameter(name).copy_(value)
     return module
 
 
-@torch.no_grad()
-def _initialise(module: nn.Module, init: Literal["fan_in", "published"], seed: int) -> None:
-    """Draws each parameter from a random stream of its own, named by the seed and the parameter.
+def initial_weights(
+    module: nn.Module, init: Literal["fan_in", "published"], seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, value in host memory) of each parameter, one at a time, each drawn from a random
+    stream of its own that the seed and the name fix.
 
     Norms are the identity; biases, AdaLN and the conditioned head are zero; tables and tokens are
     N(0, 0.02). Weights are N(0, 0.02) as published (whose truncation, at +-2, never bites), or of
@@ -289,4 +295,4 @@ def _initialise(module: nn.Module, init: Literal["fan_in", "published"], seed: i
             nn.init.trunc_normal_(value, 0.0, std, -2 * std, 2 * std, generator=generator)
         else:
             value.normal_(0.0, INIT_STD, generator=generator)
-        parameter.copy_(value)
+        yield name, value

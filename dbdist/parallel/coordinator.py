@@ -2,19 +2,21 @@
 
 `begin()` is called when a step's shared gradients are final (accumulated, averaged over the block's
 replicas, clipped); the block's optimizer then steps; `finish()` returns when this rank's shared
-copy is up to date. Three ways, `parallel.sync`: `Coordinated` (step), `Averaged` (every), `Private`
-(never, and every mode in which one process holds the whole model). Sums run in block order on the
-coordinator, so the result has the same bits wherever the coordinator sits.
+copy is up to date. Three ways, `parallel.sync`: `Coordinated` (step; `Sharded` where all ranks
+coordinate together), `Averaged` (every), `Private` (never, and every mode in which one process
+holds the whole model). A coordinator's sums run in block order, so the result has the same bits
+wherever it sits.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dbdist.optimizer_state import State, load_state
 from dbdist.parallel.flat import FlatBuffer
 from dbdist.parallel.topology import Topology
 
@@ -204,4 +206,109 @@ class Averaged:
         self._star.buffer.unpack(self._parameters)
 
 
-SharedSync = Private | Coordinated | Averaged
+class Sharded:
+    """As `Coordinated`, with the optimizer split over all ranks: gradients are reduce-scattered,
+    each rank steps its part of the parameters laid end to end, and the parts are gathered. The same
+    numbers, to rounding: AdamW works element by element. Source: ZeRO (1910.02054), stage 1."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        shared: nn.Module,
+        build_optimizer: Callable[[list[nn.Parameter]], Optimizer],
+    ) -> None:
+        self.wait_s = 0.0
+        self._topology = topology
+        self._parameters = dict(shared.named_parameters())
+        parts = topology.world_size
+        self._buffer = FlatBuffer(self._parameters, topology.wire_device, multiple_of=parts)
+        self._buffer.check_equal_on_all_ranks(topology, "shared modules")
+        self._received = torch.empty_like(self._own(self._buffer))
+        self._part = nn.Parameter(self._received.to(topology.device, copy=True))
+        self.optimizer: Optimizer = build_optimizer([self._part])
+        self.take_over()
+        self._pending: dist.Work | None = None
+
+    @torch.no_grad()
+    def take_over(self) -> None:
+        """Makes the parameters, which have come from elsewhere, the ones that are stepped."""
+        self._buffer.pack(self._parameters)
+        self._part.copy_(self._own(self._buffer))
+
+    def begin(self) -> None:
+        self._buffer.pack({name: p.grad for name, p in self._parameters.items()})
+        if self._topology.world_size == 1:
+            self._received.copy_(self._buffer.data)
+        else:
+            self._pending = dist.reduce_scatter_tensor(
+                self._received, self._buffer.data, async_op=True
+            )
+            self._count()
+
+    def finish(self, step: int) -> None:
+        self._wait()
+        self._received /= self._topology.world_size
+        self._part.grad = self._received.to(self._topology.device, copy=True)
+        self.optimizer.step()
+        part = self._part.detach().to(self._buffer.data.device)
+        self._gather(part, self._buffer)
+        self._count()
+        self._buffer.unpack(self._parameters)
+
+    def optimizer_state(self) -> State:
+        """Of the whole parameters, by name. Collective."""
+        own = self.optimizer.state.get(self._part, {})
+        state: dict[str, dict[str, Tensor]] = {name: {} for name in self._parameters if own}
+        for kind, tensor in own.items():
+            whole: dict[str, Tensor] = {}
+            if tensor.shape == self._part.shape:
+                buffer = FlatBuffer(
+                    self._parameters, self._buffer.data.device, self._topology.world_size
+                )
+                self._gather(tensor.to(buffer.data.device), buffer)
+                whole = buffer.views
+            for name in state:
+                state[name][kind] = whole[name] if whole else tensor
+        return state
+
+    def set_optimizer_state(self, state: State) -> None:
+        """The inverse of `optimizer_state`; nothing travels."""
+        own: dict[str, Tensor] = {}
+        kinds: Iterable[str] = next(iter(state.values()), {})
+        for kind in kinds:
+            tensors = {name: of_parameter[kind] for name, of_parameter in state.items()}
+            own[kind] = next(iter(tensors.values()))
+            if kind != "step":
+                buffer = FlatBuffer(
+                    self._parameters, torch.device("cpu"), self._topology.world_size
+                )
+                buffer.pack(tensors)
+                own[kind] = self._own(buffer)
+        if own:
+            load_state(self.optimizer, {"part": self._part}, {"part": own})
+
+    def _own(self, buffer: FlatBuffer) -> Tensor:
+        """This rank's part of a buffer."""
+        return buffer.data.chunk(self._topology.world_size)[self._topology.rank]
+
+    def _gather(self, part: Tensor, buffer: FlatBuffer) -> None:
+        if self._topology.world_size == 1:
+            buffer.data.copy_(part)
+            return
+        self._pending = dist.all_gather_into_tensor(buffer.data, part, async_op=True)
+        self._wait()
+
+    def _count(self) -> None:
+        moved = self._buffer.num_bytes - self._received.nbytes
+        self._topology.meter.sent["shared"] += moved
+        self._topology.meter.received["shared"] += moved
+
+    def _wait(self) -> None:
+        start = time.perf_counter()
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+        self.wait_s += time.perf_counter() - start
+
+
+SharedSync = Private | Coordinated | Averaged | Sharded

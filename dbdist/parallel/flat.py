@@ -16,12 +16,16 @@ class FlatBuffer:
     """Packs named tensors into one contiguous vector on the wire's device, in sorted order of
     names."""
 
-    def __init__(self, like: Mapping[str, Tensor], device: torch.device) -> None:
+    def __init__(
+        self, like: Mapping[str, Tensor], device: torch.device, multiple_of: int = 1
+    ) -> None:
+        """multiple_of: what the number of elements is filled up to with zeros."""
         # Order matters: every rank walks the same sorted names.
         self.layout = [(name, like[name].shape, like[name].dtype) for name in sorted(like)]
         dtypes = {dtype for _, _, dtype in self.layout}
         assert len(dtypes) == 1, f"one dtype, not {dtypes}"
         size = sum(shape.numel() for _, shape, _ in self.layout)
+        size += -size % multiple_of
         self.data = torch.zeros(size, dtype=dtypes.pop(), device=device)
         self.views: dict[str, Tensor] = {}
         offset = 0
@@ -42,14 +46,16 @@ class FlatBuffer:
             torch.zeros(shape, dtype=dtype, device=device) if part is None else part
             for part, (_, shape, dtype) in zip(parts, self.layout, strict=True)
         ]
-        self.data.copy_(torch.cat([part.reshape(-1) for part in filled]))  # one transfer
+        packed = torch.cat([part.reshape(-1) for part in filled])
+        self.data[: packed.numel()].copy_(packed)  # one transfer
 
     @torch.no_grad()
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies the buffer out into tensors of the same names."""
         targets = [tensors[name] for name, _, _ in self.layout]
-        data = self.data.to(targets[0].device)  # one transfer
-        for target, part in zip(targets, data.split([t.numel() for t in targets]), strict=True):
+        sizes = [target.numel() for target in targets]
+        data = self.data[: sum(sizes)].to(targets[0].device)  # one transfer
+        for target, part in zip(targets, data.split(sizes), strict=True):
             target.copy_(part.view(target.shape))
 
     def check_equal_on_all_ranks(self, topology: Topology, what: str) -> None:

@@ -1,43 +1,303 @@
-"""Data parallelism inside a block: torch's DDP over the block's replicas, with its bytes on the
-meter."""
+"""Data parallelism inside a block: its copies share each batch, by DDP, FSDP2 or DeepSpeed ZeRO.
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+An engine wraps one block and owns its optimizer. Whatever it splits among the copies, it takes and
+gives whole tensors by parameter name, so checkpoints know nothing of it, and it never touches a
+rank outside the block. Shared modules stay outside the engines: `SharedGradients` averages theirs.
+"""
 
-from torch import nn
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
+from dbdist.errors import ConfigError
+from dbdist.optimizer_state import State, load_state, state_of
+from dbdist.parallel.flat import FlatBuffer
+from dbdist.parallel.meter import Meter
 from dbdist.parallel.topology import Topology
 
+BuildOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
-class Replicas:
-    """A training objective whose gradients are averaged over the replicas of this rank's block;
-    without replicas, the objective as it is. Replicas start alike because weights depend on the
-    seed alone."""
 
-    def __init__(self, objective: nn.Module, topology: Topology) -> None:
-        self._meter = topology.meter
-        self._engine: DistributedDataParallel | None = None
-        self._bytes_moved = 0
+@runtime_checkable
+class Engine(Protocol):
+    """A block among its replicas. Every method but `part` and `set_lr` is collective among them."""
+
+    module: nn.Module
+    """What is called in the forward pass in place of the block."""
+
+    @property
+    def optimizer(self) -> Optimizer: ...
+
+    @property
+    def num_optimized(self) -> int:
+        """Elements whose optimizer state lies on this rank."""
+        ...
+
+    def accumulate(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward of a part of a batch: gradients travel with the last part."""
+        ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def zero_grad(self) -> None: ...
+
+    def grad_norm(self) -> Tensor:
+        """Euclidean norm of the block's averaged gradient, once the last part is done."""
+        ...
+
+    def step(self, scale: Tensor) -> None:
+        """The optimizer's step, with the gradients times scale."""
+        ...
+
+    def part(self, parameter: nn.Parameter) -> Tensor:
+        """The part of a parameter that lies on this rank, sharing its memory."""
+        ...
+
+    def whole(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+        """All ranks' parts of something shaped like this parameter, joined."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """The block's parameters, whole."""
+        ...
+
+    def set_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes whole tensors by name, of all parameters, the same on every replica."""
+        ...
+
+    def optimizer_state(self) -> State:
+        """Whole tensors."""
+        ...
+
+    def set_optimizer_state(self, state: State) -> None:
+        """The inverse of `optimizer_state`."""
+        ...
+
+
+class Whole:
+    """Every copy has the whole block: one copy alone, or several by DDP. Copies start alike because
+    weights depend on the seed alone."""
+
+    def __init__(self, block: nn.Module, topology: Topology, build_optimizer: BuildOptimizer):
+        self.module: nn.Module = block
+        self._block = block
+        self._ddp: DistributedDataParallel | None = None
         if topology.replica_group is not None:
-            self._engine = DistributedDataParallel(
-                objective,
+            self._ddp = DistributedDataParallel(
+                block,
                 device_ids=[topology.device] if topology.device.type == "cuda" else None,
                 process_group=topology.replica_group,
                 init_sync=False,
             )
-            size = topology.layout.num_replicas
-            # A ring moves 2 (R - 1) / R of the gradients out of every rank, and as much in.
-            gradients = sum(p.numel() * p.element_size() for p in objective.parameters())
-            self._bytes_moved = 2 * (size - 1) * gradients // size
-        self.objective: nn.Module = self._engine or objective
+            self.module = self._ddp
+        self.optimizer = build_optimizer(block.parameters())
+        self.num_optimized = sum(p.numel() for p in block.parameters())
+        self._traffic = Traffic(topology, block, passes=2)  # reduce-scatter and all-gather
 
-    def reduce_if(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Around forward and backward of a part of a batch: gradients travel with the last part."""
-        if self._engine is None:
-            return nullcontext()
-        if not is_last:
-            return self._engine.no_sync()
-        self._meter.sent["replica"] += self._bytes_moved
-        self._meter.received["replica"] += self._bytes_moved
+    def accumulate(self, is_last: bool) -> AbstractContextManager[Any]:
+        if self._ddp is not None and not is_last:
+            return self._ddp.no_sync()
+        self._traffic.count()
         return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def grad_norm(self) -> Tensor:
+        return nn.utils.get_total_norm(_gradients(self._block))
+
+    def step(self, scale: Tensor) -> None:
+        torch._foreach_mul_(_gradients(self._block), scale)
+        self.optimizer.step()
+
+    def part(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.detach()
+
+    def whole(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+        return part
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self._block.named_parameters()}
+
+    @torch.no_grad()
+    def set_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, value in weights:
+            self._block.get_parameter(name).copy_(value)
+
+    def optimizer_state(self) -> State:
+        return state_of(self.optimizer, dict(self._block.named_parameters()))
+
+    def set_optimizer_state(self, state: State) -> None:
+        load_state(self.optimizer, dict(self._block.named_parameters()), state)
+
+
+class Fsdp:
+    """Weights, gradients and optimizer state are split among the copies, layer by layer; a layer is
+    whole only while it computes. Source: FSDP2, torch.distributed.fsdp.fully_shard."""
+
+    def __init__(self, block: nn.Module, topology: Topology, build_optimizer: BuildOptimizer):
+        """block: on the meta device, so that it is never whole on any rank; empty afterwards."""
+        mesh = DeviceMesh.from_group(topology.own_group(), topology.device.type)
+        for layer in block.get_submodule("layers").children():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(block, mesh=mesh)
+        block.to_empty(device=topology.device)
+        assert isinstance(block, FSDPModule)
+        self.module: nn.Module = block
+        self._fsdp = block
+        self._parameters: dict[str, DTensor] = {
+            name: p for name, p in block.named_parameters() if isinstance(p, DTensor)
+        }
+        self.optimizer = build_optimizer(block.parameters())
+        self.num_optimized = sum(_local(p).numel() for p in block.parameters())
+        # Two all-gathers of the weights and a reduce-scatter of the gradients.
+        self._traffic = Traffic(topology, block, passes=3)
+
+    @contextmanager
+    def accumulate(self, is_last: bool) -> Any:
+        self._fsdp.set_requires_gradient_sync(is_last)
+        self._traffic.count()
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def grad_norm(self) -> Tensor:
+        return _whole(nn.utils.get_total_norm(_gradients(self.module)))
+
+    def step(self, scale: Tensor) -> None:
+        torch._foreach_mul_([_local(g) for g in _gradients(self.module)], scale)
+        self.optimizer.step()
+
+    def part(self, parameter: nn.Parameter) -> Tensor:
+        return _local(parameter.detach())
+
+    def whole(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+        assert isinstance(parameter, DTensor)
+        return DTensor.from_local(
+            part,
+            parameter.device_mesh,
+            parameter.placements,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        ).full_tensor()
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: _whole(p.detach()) for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def set_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, value in weights:
+            parameter = self._parameters[name]
+            _local(parameter).copy_(_local(_split_like(parameter, value)))
+
+    def optimizer_state(self) -> State:
+        split = state_of(self.optimizer, self._parameters)
+        return {name: {k: _whole(t) for k, t in own.items()} for name, own in split.items()}
+
+    def set_optimizer_state(self, state: State) -> None:
+        split = {
+            name: {
+                kind: _split_like(p, tensor) if tensor.shape == p.shape else tensor
+                for kind, tensor in state[name].items()
+            }
+            for name, p in self._parameters.items()
+            if name in state
+        }
+        load_state(self.optimizer, self._parameters, split)
+
+
+class SharedGradients:
+    """The shared modules' gradients, averaged over the copies of this rank's block."""
+
+    def __init__(self, topology: Topology, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._group, self._size = topology.replica_group, topology.layout.num_replicas
+        self._parameters, self._meter = parameters, topology.meter
+        if self._group is not None:
+            self._buffer = FlatBuffer(parameters, topology.wire_device)
+
+    def average(self) -> None:
+        """Once a step, when this rank's gradients are complete."""
+        if self._group is None:
+            return
+        self._buffer.pack({name: p.grad for name, p in self._parameters.items()})
+        dist.all_reduce(self._buffer.data, group=self._group)
+        self._buffer.data /= self._size
+        for parameter in self._parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+        self._buffer.unpack({n: p.grad for n, p in self._parameters.items() if p.grad is not None})
+        moved = 2 * (self._size - 1) * self._buffer.num_bytes // self._size
+        self._meter.sent["replica"] += moved
+        self._meter.received["replica"] += moved
+
+
+def clip(engine: Engine, shared: Iterable[nn.Parameter], max_norm: float | None) -> Any:
+    """(norm, scale): the global gradient norm over a block and its local shared modules, whose
+    gradients are scaled here; the block's are to be scaled in its step. Stays inside the block."""
+    gradients = [p.grad for p in shared if p.grad is not None]
+    block_norm = engine.grad_norm()
+    norm = torch.linalg.vector_norm(
+        torch.stack([block_norm, nn.utils.get_total_norm(gradients).to(block_norm)])
+    )
+    scale = torch.clamp((max_norm or math.inf) / (norm + 1e-6), max=1.0)
+    torch._foreach_mul_(gradients, scale)
+    return norm, scale
+
+
+def check_engine(engine: str, topology: Topology) -> None:
+    """Raises ConfigError where an engine cannot work on these devices."""
+    if engine != "ddp" and topology.device.type == "cuda" and not topology.uses_nccl:
+        if topology.world_size > 1:
+            raise ConfigError(
+                f"parallel.replica_engine {engine} needs a GPU of its own for every rank (NCCL); "
+                "start fewer ranks, or use ddp, whose ranks may share a GPU"
+            )
+
+
+class Traffic:
+    """Bytes that the copies of a block exchange in a pass, as a ring moves them."""
+
+    def __init__(self, topology: Topology, block: nn.Module, passes: int) -> None:
+        size = topology.layout.num_replicas
+        total = sum(p.numel() * p.element_size() for p in block.parameters())
+        self._meter: Meter = topology.meter
+        self._num_bytes = passes * (size - 1) * total // size
+
+    def count(self) -> None:
+        self._meter.sent["replica"] += self._num_bytes
+        self._meter.received["replica"] += self._num_bytes
+
+
+def _gradients(module: nn.Module) -> list[Tensor]:
+    return [p.grad for p in module.parameters() if p.grad is not None]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _split_like(parameter: DTensor, value: Tensor) -> DTensor:
+    """This rank's part of a whole tensor; nothing travels."""
+    value = value.to(parameter.device, parameter.dtype)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

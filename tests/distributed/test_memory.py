@@ -5,6 +5,7 @@ import weakref
 
 import torch
 from ranks import config_of
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -41,7 +42,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor) and value.device.type != "meta":
+            is_real = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
+            if is_real and value.device.type != "meta":  # a DTensor's own part is counted itself
                 self._count(value.untyped_storage())
         return result
 
@@ -88,6 +90,16 @@ def test_setting_up_a_rank_never_allocates_more_than_its_own_block(ranks, tmp_pa
     peak, parameters, names = ranks.run(4, peaks_of_rank, options)[0]
     assert (parameters, names) == (0, [])
     assert peak < LAYER_BYTES, "a dedicated coordinator holds no block at all"
+
+
+def test_fsdp_never_has_a_whole_block_on_a_rank(ranks, tmp_path):
+    """Not in set-up either: half of it on each of two, and the one tensor that is being drawn."""
+    options = [f"run_dir={tmp_path}", *OPTIONS, "model.num_blocks=1", "model.layers_per_block=null"]
+    whole = ranks.run(1, peaks_of_rank, options)[0]
+    split = [*options, "parallel.replicas=2", "parallel.replica_engine=fsdp"]
+    for peak, parameters, _ in ranks.run(2, peaks_of_rank, split):
+        assert parameters == whole[1]
+        assert 2 * parameters <= peak < 2 * parameters + 1.9 * LAYER_BYTES
 
 
 def test_one_process_evaluates_with_one_block_resident(ranks, tmp_path):

@@ -1,0 +1,319 @@
+"""DeepSpeed ZeRO inside a block: optimizer state (stage 1), gradients (2) and weights (3) are split
+among the block's copies, optionally in host memory.
+
+The settings are a standard DeepSpeed JSON file, less what the run's configuration says already.
+DeepSpeed sees one data-parallel group, the block's copies; the block's number never reaches it.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dbdist.config import Config
+from dbdist.errors import ConfigError
+from dbdist.optimizer_state import State
+from dbdist.parallel.replicas import BuildOptimizer, Traffic
+from dbdist.parallel.topology import Topology
+
+PASSED_ON = (
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "comms_logger",
+    "flops_profiler",
+    "memory_breakdown",
+    "wall_clock_breakdown",
+    "steps_per_print",
+    "dump_state",
+)
+"""Sections of a DeepSpeed file that DeepSpeed is given as they are."""
+DERIVED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
+"""Keys that the run's configuration says; a file may repeat them, but not say otherwise."""
+OURS = {
+    "optimizer": "train.lr, train.betas, train.eps and train.weight_decay",
+    "scheduler": "train.schedule and train.warmup_steps",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "checkpoint": "the section checkpoint",
+    "tensorboard": "RUN/tensorboard, which is always written",
+}
+"""Sections that would say a second time what the run's configuration says, and where it does."""
+
+
+def settings(config: Config, num_replicas: int) -> dict[str, Any]:
+    """What DeepSpeed is initialised with: the user's file completed by the configuration.
+
+    Raises ConfigError, naming the key, for a file that is no DeepSpeed configuration, contradicts
+    the run's, or asks for something that would have no effect.
+    """
+    file, t = config.parallel.deepspeed_config, config.train
+    given = {} if file is None else _read(Path(file))
+    micro = t.batch_size // (num_replicas * t.accumulation_steps)
+    own = dict(
+        zip(DERIVED, (t.batch_size, micro, t.accumulation_steps, t.clip_norm or 0.0), strict=True)
+    )
+    for key, value in given.items():
+        if key in DERIVED:
+            if value not in ("auto", own[key]):
+                raise ConfigError(
+                    f"{file}: {key} is {value}, the run's configuration makes it {own[key]}; "
+                    "leave it out there"
+                )
+        elif key in OURS:
+            if not (isinstance(value, dict) and value.get("enabled", True) in (False, "auto")):
+                raise ConfigError(
+                    f"{file}: {key} is said by this trainer's own configuration ({OURS[key]}); "
+                    "leave it out there"
+                )
+        elif key not in PASSED_ON:
+            near = get_close_matches(key, (*PASSED_ON, *DERIVED), n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}?" if near else "leave it out"
+            raise ConfigError(f"{file}: {key} is not a key that has an effect here; {hint}")
+    passed = {key: value for key, value in given.items() if key in PASSED_ON}
+    zero = passed.get("zero_optimization", {"stage": 1})
+    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3) or zero["stage"] is True:
+        stage = zero.get("stage") if isinstance(zero, dict) else zero
+        raise ConfigError(
+            f"{file}: zero_optimization.stage is {stage}; allowed are 1, 2 and 3 "
+            "(replica_engine: ddp splits nothing)"
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        offload = zero.get(part) or {}
+        if not isinstance(offload, dict):
+            raise ConfigError(f"{file}: zero_optimization.{part} must hold its keys")
+        device = offload.get("device", "none")
+        if device not in ("none", "cpu"):
+            raise ConfigError(
+                f"{file}: zero_optimization.{part}.device is {device}; allowed are cpu and none"
+            )
+    if zero["stage"] == 3 and t.ema_decay > 0:
+        raise ConfigError(
+            "train.ema_decay does not go with DeepSpeed stage 3, whose weights are never whole; "
+            "use stage 1 or 2, or replica_engine: fsdp"
+        )
+    return {
+        # Our own fp32 AdamW runs on the host too: DeepSpeed's would be compiled at first use.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**62,
+        **passed,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": t.accumulation_steps,
+        # Weights and optimizer stay fp32; what is computed and gathered is half as long.
+        "torch_autocast": {"enabled": t.precision == "bf16", "dtype": "bfloat16"},
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        given = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"parallel.deepspeed_config {path} cannot be read ({reason})") from None
+    if not isinstance(given, dict):
+        raise ConfigError(f"parallel.deepspeed_config {path} must hold an object of DeepSpeed keys")
+    return given
+
+
+class Zero:
+    """A block under `deepspeed.initialize`; see `replicas.Engine`."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        topology: Topology,
+        build_optimizer: BuildOptimizer,
+        settings: Mapping[str, Any],
+    ) -> None:
+        """settings: of `settings`."""
+        deepspeed = _import_deepspeed(topology)
+        copies = _Copies(topology)
+        self._block = block
+        self._stage: int = settings["zero_optimization"]["stage"]
+        self._client = build_optimizer(block.parameters())
+        try:
+            self._engine, *_ = deepspeed.initialize(
+                model=block,
+                optimizer=self._client,
+                config=dict(settings),
+                mpu=copies,
+                dist_init_required=False,
+            )
+        except ValidationError as error:  # before anything is built
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(
+                f"parallel.deepspeed_config: DeepSpeed refuses {key}: {first['msg']}"
+            ) from None
+        self.module: nn.Module = self._engine
+        self._zero: Any = self._engine.optimizer
+        self._tools: Any = deepspeed.utils
+        self._traffic = Traffic(topology, block, passes=3 if self._stage == 3 else 2)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self._zero
+
+    @property
+    def num_optimized(self) -> int:
+        return sum(flat.numel() for flat in self._flats())
+
+    def accumulate(self, is_last: bool) -> AbstractContextManager[Any]:
+        if is_last or self._stage > 1:
+            self._traffic.count()
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # counts the part; nothing else happens
+
+    def zero_grad(self) -> None:
+        """DeepSpeed frees gradients in its step."""
+
+    def grad_norm(self) -> Tensor:
+        if self._stage < 3:
+            return torch.as_tensor(self._zero.scaled_global_norm())
+        norms = [torch.as_tensor(norm) for norm in self._zero._get_norm_groups()]
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def step(self, scale: Tensor) -> None:
+        # DeepSpeed divides by max(1, (its own norm + 1e-6) / clip_grad): this makes it `scale`.
+        factor = scale.item()
+        self._zero.clip_grad = 0.0
+        if factor < 1 or math.isnan(factor):
+            self._zero.clip_grad = (self.grad_norm().item() + 1e-6) * factor
+        self._engine.step()
+
+    def part(self, parameter: nn.Parameter) -> Tensor:
+        assert self._stage < 3, "stage 3 keeps no average"
+        return parameter.detach()
+
+    def whole(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+        return part
+
+    def weights(self) -> dict[str, Tensor]:
+        get = self._tools.safe_get_full_fp32_param
+        return {name: get(p) for name, p in self._block.named_parameters()}
+
+    @torch.no_grad()
+    def set_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, whole in weights:
+            parameter, value = self._block.get_parameter(name), whole.to(self._engine.device)
+            if self._stage < 3:
+                parameter.copy_(value)
+                self._tools.safe_set_full_fp32_param(parameter, value)
+            else:
+                part = self._part_of(parameter, value)
+                self._tools.safe_set_local_fp32_param(parameter, part)
+                getattr(parameter, "ds_tensor").copy_(part)  # noqa: B009
+
+    def optimizer_state(self) -> State:
+        flats = self._flats()
+        if not all(self._client.state.get(flat) for flat in flats):
+            return {}
+        first = self._client.state[flats[0]]
+        kinds = [k for k, t in first.items() if torch.is_tensor(t) and t.shape == flats[0].shape]
+        get = self._tools.safe_get_full_optimizer_state
+        return {
+            name: {"step": first["step"].clone(), **{kind: get(p, kind) for kind in kinds}}
+            for name, p in self._block.named_parameters()
+        }
+
+    @torch.no_grad()
+    def set_optimizer_state(self, state: State) -> None:
+        if not state:
+            return
+        any_state = next(iter(state.values()))
+        kinds = [kind for kind in any_state if kind != "step"]
+        for flat in self._flats():
+            step = any_state["step"].to(flat.device if self._is_fused else "cpu", copy=True)
+            own = {kind: torch.zeros_like(flat) for kind in kinds}
+            self._client.state[flat].update({"step": step, **own})
+        if self._stage < 3:
+            self._zero._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self._block.named_parameters():
+            for kind in kinds:
+                value = state[name][kind].to(self._engine.device, torch.float32)
+                if self._stage < 3:
+                    self._tools.safe_set_full_optimizer_state(parameter, value, kind)
+                else:
+                    part = self._part_of(parameter, value)
+                    self._tools.safe_set_local_optimizer_state(parameter, part, kind)
+
+    @property
+    def _is_fused(self) -> bool:
+        return bool(self._client.defaults.get("fused"))
+
+    def _flats(self) -> list[Tensor]:
+        """The flat fp32 vectors that the optimizer steps on this rank."""
+        if self._stage < 3:
+            return self._zero.single_partition_of_fp32_groups
+        return self._zero.fp32_partitioned_groups_flat
+
+    def _part_of(self, parameter: Any, value: Tensor) -> Tensor:
+        """This rank's part of a whole tensor in stage 3, which pads the last ones with zeros."""
+        size, rank = parameter.ds_tensor.numel(), self._zero._get_param_partition_rank(parameter)
+        flat = value.reshape(-1)[rank * size : (rank + 1) * size]
+        return nn.functional.pad(flat, (0, size - flat.numel()))
+
+
+class _Copies:
+    """What DeepSpeed asks of a model-parallel unit. It sees a model of one part (its rank in it is
+    0 on every block: with another one it silently stops clipping) and the block's copies."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._copies = topology.own_group()
+        self._alone = topology.group_of_one()
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._copies
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._copies.size()
+
+    def get_data_parallel_rank(self) -> int:
+        return self._copies.rank()
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._alone
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+
+def _import_deepspeed(topology: Topology) -> Any:
+    """DeepSpeed, quiet and for this rank's device."""
+    topology.tell_environment()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed  # late: it takes seconds, and most runs do without
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if topology.device.type == "cpu":
+        # A faster all-reduce within a host, compiled for a minute at first use: gloo does.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
