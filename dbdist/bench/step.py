@@ -14,6 +14,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +46,7 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--warmup", type=int, default=2, help="steps before (default: 2)")
     given, rest = parser.parse_known_args(argv)
     config = parse_config("dbdist.bench.step", "", rest).validate()
-    with tempfile.TemporaryDirectory() as folder:
-        config = dataclasses.replace(config, run_dir=f"{folder}/run")
-        try:
-            load_dataset(config.data, "train")
-            images = "the dataset's"
-        except DataError:
-            if config.data.name != "cifar100":
-                raise
-            write_random_cifar100(Path(folder), num_train=2048)
-            data = dataclasses.replace(config.data, root=folder)
-            config = dataclasses.replace(config, data=data)
-            images = "random, in CIFAR-100's format"
+    with prepared(config) as (config, images):
         result = measure(config, given.block, given.warmup, given.steps)
     for phase in PHASES:
         share = result["share"][phase]
@@ -68,16 +59,16 @@ def run(argv: list[str]) -> None:
 
 def measure(config: Config, block: int, warmup: int, steps: int) -> dict[str, Any]:
     """Means over steps of each phase's milliseconds and share of the step."""
-    trainer = _build(config, block)
+    trainer = build_trainer(config, block)
     for step in range(warmup):
         trainer.train_step(step)
-        _synchronize()
+        synchronize()
     walls: list[float] = []
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for step in range(warmup, warmup + steps):
             start = time.perf_counter()
             trainer.train_step(step)
-            _synchronize()
+            synchronize()
             walls.append(1e3 * (time.perf_counter() - start))
     peak = peak_memory_mb(trainer.topology.device)
     trainer.close()
@@ -104,7 +95,25 @@ def measure(config: Config, block: int, warmup: int, steps: int) -> dict[str, An
     }
 
 
-def _build(config: Config, block: int) -> Trainer:
+@contextmanager
+def prepared(config: Config) -> Iterator[tuple[Config, str]]:
+    """(the configuration with a run_dir that goes away and images to train on, whose they are)."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = dataclasses.replace(config, run_dir=f"{folder}/run")
+        try:
+            load_dataset(config.data, "train")
+            images = "the dataset's"
+        except DataError:
+            if config.data.name != "cifar100":
+                raise
+            write_random_cifar100(Path(folder), num_train=2048)
+            data = dataclasses.replace(config.data, root=folder)
+            config = dataclasses.replace(config, data=data)
+            images = "random, in CIFAR-100's format"
+        yield config, images
+
+
+def build_trainer(config: Config, block: int) -> Trainer:
     """The trainer of one block, in a world of its own."""
     if config.mode == "block_parallel":
         config = dataclasses.replace(
@@ -120,7 +129,8 @@ def _build(config: Config, block: int) -> Trainer:
     return trainer
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Waits for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

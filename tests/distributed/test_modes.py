@@ -81,7 +81,7 @@ def test_the_learning_rate_warms_up_then_follows_half_a_cosine(tmp_path):
         "train.max_steps=14",
     )
     trainer = trained(tmp_path, "mode=sequential", *options, "train.min_lr_ratio=0.2")
-    optimizer = trainer.state.blocks[0].optimizer
+    optimizer = trainer.state.blocks[0].engine.optimizer
 
     def lr(step):
         trainer._set_lr(float(step))

@@ -1,0 +1,286 @@
+"""Writes what `checkpoint` reads: in the background, and complete or not at all.
+
+Every rank writes its own files and tells the coordinator (through the mailbox: nobody waits), which
+writes the manifest, with sizes and SHA-256, when all have arrived.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+import dbdist
+from dbdist.checkpoint import FORMAT, MANIFEST, VERSION, Files, complete_folders, step_folders
+from dbdist.errors import CheckpointError
+from dbdist.parallel.mailbox import Mailbox
+from dbdist.parallel.topology import Topology
+from dbdist.snapshot import Snapshot, sync_folder
+
+Part = dict[str, Any]
+"""What a rank reports of a step: `files`, the manifest's entries of what it wrote, or `error`."""
+T = TypeVar("T")
+
+
+class CheckpointWriter:
+    """Writes this rank's part of each checkpoint; on the coordinator also completes and retires
+    them.
+
+    `save` copies the tensors and returns; threads do all that touches the disk. Only the caller's
+    thread communicates, in `poll`, which every rank calls after each step. A checkpoint that cannot
+    be written is given up and told; those before it stay as they are.
+    """
+
+    def __init__(
+        self, run_dir: Path, topology: Topology, writers: set[int], keep_last: int
+    ) -> None:
+        """writers: the ranks that write files, known to all."""
+        self.folder = run_dir / "checkpoints"
+        self.keep_last = keep_last
+        self.warn: Callable[[str], None] = lambda text: print(f"warning: {text}", file=sys.stderr)
+        """Shows one line about a checkpoint that was given up."""
+        self._topology = topology
+        self._writers = writers
+        self._mailbox = Mailbox(topology, "checkpoints")
+        self._background = _Background()
+        self._snapshots: dict[str, Snapshot] = {}
+        self._part: Future[Part] | None = None
+        """What this rank has still to report."""
+        self._about: dict[int, dict[str, Any]] = {}
+        self._arrived: dict[int, dict[int, Part]] = {}
+        self._completing: dict[int, Future[str | None]] = {}
+        self._last_step: int | None = None
+        self._last_failure: tuple[int, str] | None = None
+
+    def clean(self) -> None:
+        """Removes what an interrupted run left incomplete. On the coordinator, before anybody
+        writes."""
+        for path in step_folders(self.folder):
+            if not (path / MANIFEST).is_file():
+                shutil.rmtree(path, ignore_errors=True)  # what stays does no harm
+
+    def save(self, step: int, files: Files, about: dict[str, Any]) -> None:
+        """Takes a copy of this rank's files of a step, to be written from now on. Waits only if the
+        part before is still being written: there is one copy, always in the same memory. about: the
+        rest of the manifest, used on the coordinator."""
+        rank = self._topology.rank
+        assert rank in self._writers or not files, f"rank {rank} writes {list(files)}"
+        if self._part is not None:
+            wait([self._part])
+            self.poll()
+        self._last_step = step
+        if self._topology.is_coordinator:
+            self._about[step] = about
+        if rank in self._writers:
+            self._take(files)
+            self._part = self._background.start(lambda: self._write_part(step))
+
+    def poll(self) -> None:
+        """Reports this rank's part once it is written; on the coordinator also completes every
+        checkpoint whose parts have all arrived. Waits for nothing."""
+        for step, reason in self._advance():
+            self._tell(step, reason)
+
+    def finish(self, timeout_s: float) -> None:
+        """Waits until this rank's part is written and, on the coordinator, until every checkpoint
+        is complete or given up. Raises CheckpointError if the last one is not complete then."""
+        deadline = time.monotonic() + timeout_s
+        while self._part is not None or self._about or self._completing:
+            if time.monotonic() > deadline:
+                missing, self._part = self._what_is_missing(), None
+                self._about.clear()
+                self._completing.clear()
+                raise CheckpointError(missing)
+            for step, reason in self._advance():
+                if step != self._last_step:
+                    self._tell(step, reason)
+            time.sleep(0.005)
+        if self._last_failure is not None and self._last_failure[0] == self._last_step:
+            step, reason = self._last_failure
+            raise CheckpointError(
+                f"checkpoint of step {step}, the last, failed: {reason}; {self._rest}"
+            )
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """After a failure: waits a little for what was saved before it, and raises nothing."""
+        self._last_failure = None  # it has been told
+        try:
+            self.finish(timeout_s)
+        except CheckpointError as error:
+            self.warn(str(error))
+        except RuntimeError:  # the store, and with it the launcher, is gone
+            pass
+
+    # On the caller's thread
+
+    def _take(self, files: Files) -> None:
+        kept = self._snapshots
+        self._snapshots = {
+            name: kept[name] if name in kept and kept[name].fits(tensors) else Snapshot(tensors)
+            for name, tensors in files.items()
+        }
+        for name, tensors in files.items():
+            self._snapshots[name].fill(tensors)
+        if self._topology.device.type == "cuda":
+            torch.cuda.current_stream(self._topology.device).synchronize()
+
+    def _advance(self) -> list[tuple[int, str]]:
+        """What can be done without waiting. Returns (step, reason) of checkpoints given up."""
+        if self._part is not None and self._part.done():
+            written, self._part = self._part, None
+            self._mailbox.post(written.result())
+        for rank, part in self._mailbox.collect() if self._about else ():
+            self._arrived.setdefault(part["step"], {})[rank] = part
+        for step in sorted(self._about):
+            if self._arrived.get(step, {}).keys() >= self._writers:
+                job = partial(self._complete, step, self._arrived.pop(step), self._about.pop(step))
+                self._completing[step] = self._background.start(job)
+        failures: list[tuple[int, str]] = []
+        for step in [step for step, future in self._completing.items() if future.done()]:
+            try:
+                reason = self._completing.pop(step).result()
+            except OSError as error:
+                self.warn(f"checkpoints beyond checkpoint.keep_last cannot be removed ({error})")
+                continue
+            if reason is not None:
+                failures.append((step, reason))
+        if failures:
+            self._last_failure = failures[-1]
+        return failures
+
+    def _tell(self, step: int, reason: str) -> None:
+        self.warn(f"checkpoint of step {step} failed: {reason}; training goes on, {self._rest}")
+
+    @property
+    def _rest(self) -> str:
+        if not (complete := complete_folders(self.folder)):
+            return "none is complete"
+        return f"the newest complete one is step {int(complete[-1].name.removeprefix('step-'))}"
+
+    def _what_is_missing(self) -> str:
+        if self._part is not None:
+            return f"rank {self._topology.rank} did not write its part of step {self._last_step}"
+        step = min({*self._about, *self._completing})
+        missing = sorted(self._writers - self._arrived.get(step, {}).keys())
+        if step in self._completing:
+            return f"checkpoint of step {step}: the manifest is not written"
+        return f"checkpoint of step {step}: rank {missing[0]} did not write its part"
+
+    # In the background
+
+    def _write_part(self, step: int) -> Part:
+        path = self._path(step)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / MANIFEST).unlink(missing_ok=True)  # a step that is saved again
+            files = {name: copy.write(path / name) for name, copy in self._snapshots.items()}
+            sync_folder(path)
+        except OSError as error:
+            return {"step": step, "error": f"{path} cannot be written ({error.strerror})"}
+        return {"step": step, "files": files}
+
+    def _complete(self, step: int, parts: dict[int, Part], about: dict[str, Any]) -> str | None:
+        """Makes the parts a checkpoint and retires the oldest, or removes them and returns why.
+        Raises OSError if the oldest cannot be removed."""
+        path = self._path(step)
+        reasons = [
+            f"rank {rank}: {part['error']}"
+            for rank, part in sorted(parts.items())
+            if "error" in part
+        ]
+        if not reasons:
+            try:
+                self._write_manifest(step, parts, about)
+            except OSError as error:
+                reasons = [f"rank 0: {path / MANIFEST} cannot be written ({error.strerror})"]
+        if reasons:
+            with suppress(OSError):  # the next run cleans up
+                _remove(path)
+            return reasons[0]
+        for old in complete_folders(self.folder)[: -self.keep_last]:
+            _remove(old)
+        return None
+
+    def _write_manifest(self, step: int, parts: dict[int, Part], about: dict[str, Any]) -> None:
+        path = self._path(step)
+        files = {name: entry for part in parts.values() for name, entry in part["files"].items()}
+        for name, entry in files.items():
+            if not (path / name).is_file() or (path / name).stat().st_size != entry["bytes"]:
+                raise CheckpointError(
+                    f"{path / name} was written by another rank but is not here; "
+                    "run_dir must be one folder that all nodes share"
+                )
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": step,
+            **about,
+            "dbdist": dbdist.__version__,
+            "torch": torch.__version__,
+            "commit": commit(),
+            "files": dict(sorted(files.items())),
+        }
+        with (path / f"{MANIFEST}.partial").open("w") as out:
+            json.dump(manifest, out, indent=2)
+            out.flush()
+            os.fsync(out.fileno())
+        # Every rank has brought its files, and their names, to disk before it reported them.
+        os.replace(path / f"{MANIFEST}.partial", path / MANIFEST)
+        for folder in (path, self.folder, self.folder.parent):
+            sync_folder(folder)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+
+class _Background:
+    """Runs jobs one after the other, beside the caller. Leaving the process waits for none."""
+
+    def __init__(self) -> None:
+        self._last: Future[Any] | None = None
+
+    def start(self, job: Callable[[], T]) -> Future[T]:
+        before, future = self._last, Future[T]()
+        self._last = future
+
+        def run() -> None:
+            if before is not None:
+                wait([before])
+            try:
+                future.set_result(job())
+            except BaseException as error:  # for whoever asks for the result
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="dbdist-checkpoint", daemon=True).start()
+        return future
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint; raises OSError."""
+    (path / MANIFEST).unlink(missing_ok=True)  # from here on it is none
+    shutil.rmtree(path)
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the source tree this package runs from, if it is one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        told = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return told.stdout.strip() or None
