@@ -1,4 +1,4 @@
-"""Command lines: `dbdist train|evaluate|export|import-published`, `python -m dbdist.train`, …
+"""Command lines: `dbdist train|evaluate|plan|export|import-published`, `python -m dbdist.train`, …
 
 Parses with jsonargparse, and turns every mistake of a user into one line and exit code 2.
 """
@@ -32,6 +32,8 @@ COMMANDS = {
     "train": "train the blocks of a model, one per rank (torchrun), or a whole model in one "
     "process",
     "evaluate": "score a run's checkpoint on the test set, through the chain or in one process",
+    "plan": "show which block would go on which GPUs of which node, what it needs there, and what "
+    "to type",
     "export": "write a run's model as one model.safetensors + config.json for dbdist.load",
     "import-published": "convert weights of the published ViT code to an exported model",
 }
@@ -54,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         from dbdist.train import main as run
     elif command == "evaluate":
         from dbdist.evaluate import main as run
+    elif command == "plan":
+        from dbdist.plan import main as run
     elif command == "export":
         from dbdist.export import main as run
     elif command == "import-published":
@@ -108,9 +112,16 @@ def parse_config(
     parser.add_argument(
         "--config", action=ActionConfigFile, help="YAML file; later options override it."
     )
+    parser.add_argument(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        help="For launchers that pass it; LOCAL_RANK in the environment is what counts.",
+    )
     parser.add_class_arguments(Config)
     try:
         parsed = parser.parse_args([*(first or []), *_with_values(argv)])
+        _check_local_rank(parsed.local_rank)
         for section, _ in _sections(Config):
             if not isinstance(parsed.get(section), Namespace):
                 raise ConfigError(f"{section} is {parsed.get(section)!r}; it must hold its keys")
@@ -122,10 +133,20 @@ def parse_config(
     return Config(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Config)})
 
 
+def _check_local_rank(given: int | None) -> None:
+    """Raises ConfigError for a --local_rank that is not the environment's."""
+    from dbdist.parallel.topology import Launch
+
+    if given is not None and given != (known := Launch.from_environment().local_rank):
+        raise ConfigError(
+            f"--local_rank is {given}, but the launcher's environment says {known}; leave it out"
+        )
+
+
 def explain(error: str) -> str:
     """jsonargparse's message as one sentence, with the nearest known key for an unknown one."""
     if found := re.search(r"unrecognized arguments: --([\w.-]+)", error):
-        return _unknown("option", found[1], [*_keys(Config), "config"], "--")
+        return _unknown("option", found[1], [*_keys(Config), "config", "local_rank"], "--")
     if found := re.search(r"Option '([\w.-]+)' is not accepted", error):
         return _unknown("key", found[1], list(_keys(Config)))
     if found := re.search(

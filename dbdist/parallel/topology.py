@@ -143,9 +143,11 @@ class Launch:
         deadline = time.monotonic() + seconds
         with suppress(RuntimeError, ValueError, OSError):  # the store is gone: so are the others
             store = dist.PrefixStore(f"leaving{self.attempt}", self._launchers_store(seconds))
-            store.add("leaving", 1)
-            while store.add("leaving", 0) < self.world_size and time.monotonic() < deadline:
-                time.sleep(0.02)
+            # Rank 0 goes last: without torchrun's agent it holds the store.
+            for key, waits in (("leaving", True), ("left", self.rank == 0)):
+                store.add(key, 1)
+                while waits and store.add(key, 0) < self.world_size and time.monotonic() < deadline:
+                    time.sleep(0.02)
 
 
 @dataclass(frozen=True)

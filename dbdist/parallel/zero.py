@@ -149,6 +149,7 @@ class Zero:
         """settings: of `settings`."""
         deepspeed = _import_deepspeed(topology)
         copies = _Copies(topology)
+        _confine(deepspeed, copies.get_data_parallel_group())
         self._block = block
         self._stage: int = settings["zero_optimization"]["stage"]
         self._client = build_optimizer(block.parameters())
@@ -317,3 +318,43 @@ def _import_deepspeed(topology: Topology) -> Any:
         # A faster all-reduce within a host, compiled for a minute at first use: gloo does.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _confine(deepspeed: Any, copies: dist.ProcessGroup) -> None:
+    """Makes this block's copies the whole world for DeepSpeed. Stage 3 compares and broadcasts its
+    order of layers from rank 0 of the world: other blocks have other layers, and a dedicated
+    coordinator has none and never answers."""
+    deepspeed.comm.init_distributed(dist_init_required=False, verbose=False)
+    backend = deepspeed.comm.comm.cdb
+    plain: Any = getattr(type(backend), "plain", type(backend))
+
+    def is_world(group: Any) -> bool:
+        return group is None or group is dist.group.WORLD
+
+    class OneBlock(plain):
+        def broadcast(
+            self, tensor: Tensor, src: int, group: Any = None, async_op: bool = False
+        ) -> Any:
+            if is_world(group):
+                group, src = copies, dist.get_global_rank(copies, src)
+            return super().broadcast(tensor, src, group, async_op)
+
+        def all_reduce(
+            self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, **more: Any
+        ) -> Any:
+            return super().all_reduce(tensor, op, copies if is_world(group) else group, **more)
+
+        def barrier(self, group: Any = None, **more: Any) -> Any:
+            return super().barrier(copies if is_world(group) else group, **more)
+
+        def get_rank(self, group: Any = None) -> int:
+            return super().get_rank(copies if is_world(group) else group)
+
+        def get_world_size(self, group: Any = None) -> int:
+            return super().get_world_size(copies if is_world(group) else group)
+
+        def get_world_group(self) -> dist.ProcessGroup:
+            return copies
+
+    setattr(OneBlock, "plain", plain)  # noqa: B010
+    backend.__class__ = OneBlock

@@ -28,6 +28,9 @@ COMMON = (
 )
 
 
+LINEAR = torch.nn.functional.linear
+
+
 def zero_file(folder: Path, stage: int, **more) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"zero-{stage}{'-offload' if more else ''}.json"
@@ -57,6 +60,9 @@ class Result:
 def train_rank(rank, options, is_float64=False):
     """Trains, or continues the run directory's newest checkpoint."""
     torch.set_default_dtype(torch.float64 if is_float64 else torch.float32)
+    # Stage 3 replaces it for the whole process, and with it the order of gradients: the processes
+    # of these tests have had different engines before.
+    torch.nn.functional.linear = LINEAR
     config = config_of(*options)
     topology = rank.join(layout_of(config, rank.launch.world_size))
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
@@ -202,6 +208,15 @@ def test_engine_coordinator_and_sync_go_together(
     assert_close(saved(tmp_path / engine), saved(by_sync / sync / "ddp"), atol=1e-6)
     for result in results:
         assert (result.received.get("shared", 0) == 0) == (sync == "never")
+
+
+@pytest.mark.parametrize("coordinator", ["colocated", "dedicated"])
+def test_deepspeed_takes_a_blocks_copies_for_the_whole_world(ranks, tmp_path, coordinator):
+    """Blocks of different sizes, each with its own order of layers, and a rank without any."""
+    more = ("train.max_steps=3", "model.layers_per_block=[3,1]")
+    run(ranks, tmp_path, "ddp", *more, replicas=1)
+    run(ranks, tmp_path, "zero3", *more, f"parallel.coordinator={coordinator}")
+    assert_close(saved(tmp_path / "zero3"), saved(tmp_path / "ddp"), atol=1e-6)
 
 
 CONVERTED = ["ddp", "fsdp", "zero2", "zero3"]

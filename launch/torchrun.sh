@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# torchrun's agent on this node, and its ranks:  launch/torchrun.sh MODULE [OPTION …]
+#
+#   NPROC_PER_NODE  ranks on this node (needed): one for each GPU, or any number on CPUs
+#   NNODES          nodes; 1 if not set. With more, type the same on each node, with the same
+#   RDZV_ENDPOINT     HOST:PORT: one of the nodes and a free port there, where its agent keeps the rendezvous,
+#   RDZV_ID           a word; runs that share an endpoint need different ones
+#   LOCAL_ADDR        and, where other nodes do not know this one by its host name, its address
+#   MAX_RESTARTS    how often the world may start again, from its newest checkpoint, after losing a rank; 0 if not set.
+#                   To torchrun a user's mistake (exit code 2) is a loss too.
+#   NUMA_BINDING    node: every rank runs on the cores nearest to its GPU, as torchrun finds them. For GPU nodes with
+#                   several sockets, where the far socket's memory is slower to copy from; not for CPUs.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=launch/env.sh
+. "$here/env.sh"
+
+: "${NPROC_PER_NODE:?is not set: the number of ranks on this node}"
+if [[ "${NNODES:-1}" != 1 ]]; then
+  : "${RDZV_ENDPOINT:?is not set: HOST:PORT at which the $NNODES nodes meet}"
+fi
+
+# c10d: the nodes need no numbers (their addresses order the ranks), and meet again after a restart. A port of 0 is any
+# free one, which only one node can know.
+exec torchrun \
+  --nnodes="${NNODES:-1}" \
+  --nproc-per-node="$NPROC_PER_NODE" \
+  --rdzv-backend=c10d \
+  --rdzv-endpoint="${RDZV_ENDPOINT:-localhost:0}" \
+  --rdzv-id="${RDZV_ID:-dbdist}" \
+  --max-restarts="${MAX_RESTARTS:-0}" \
+  ${LOCAL_ADDR:+--local-addr="$LOCAL_ADDR"} \
+  ${NUMA_BINDING:+--numa-binding="$NUMA_BINDING"} \
+  -m "$@"
