@@ -340,21 +340,23 @@ def _confine(deepspeed: Any, copies: dist.ProcessGroup) -> None:
             return super().broadcast(tensor, src, group, async_op)
 
         def all_reduce(
-            self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, **more: Any
+            self,
+            tensor: Tensor,
+            op: Any = dist.ReduceOp.SUM,
+            group: Any = None,
+            async_op: bool = False,
         ) -> Any:
-            return super().all_reduce(tensor, op, copies if is_world(group) else group, **more)
+            group = copies if is_world(group) else group
+            return super().all_reduce(tensor, op, group, async_op)
 
-        def barrier(self, group: Any = None, **more: Any) -> Any:
-            return super().barrier(copies if is_world(group) else group, **more)
+        def barrier(self, group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
+            return super().barrier(copies if is_world(group) else group, async_op, device_ids)
 
         def get_rank(self, group: Any = None) -> int:
             return super().get_rank(copies if is_world(group) else group)
 
         def get_world_size(self, group: Any = None) -> int:
             return super().get_world_size(copies if is_world(group) else group)
-
-        def get_world_group(self) -> dist.ProcessGroup:
-            return copies
 
     setattr(OneBlock, "plain", plain)  # noqa: B010
     backend.__class__ = OneBlock
