@@ -12,8 +12,8 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ Json = dict[str, Any]
 
 PLAIN_INTERVAL_S = 2.0  # a block's lines are at least this far apart where there is no terminal
 LIVE_INTERVAL_S = 0.1
+RETRY_S = 60.0  # how long TensorBoard is left alone after its files could not be written
 _TITLE: Any = {"title_justify": "left", "title_style": "bold"}
 _FORMS = {
     "train/loss": "loss {:.4f}",
@@ -69,15 +70,13 @@ class Monitor(AbstractContextManager["Monitor"]):
         console: Console | None = None,
     ) -> None:
         """reporters: the ranks that record. start_step: steps done before; later metrics go."""
-        from torch.utils.tensorboard import SummaryWriter
-
         self._run_dir, self._schedule, self._start_step = run_dir, schedule, start_step
         self._console = console or Console(width=None if sys.stdout.isatty() else 120)
         self._display = _Display(self._console, schedule, num_blocks, range(start_step, max_steps))
         run_dir.mkdir(parents=True, exist_ok=True)
         self._metrics = _MetricsFile(run_dir / "metrics.jsonl", start_step)
-        folder = str(run_dir / "tensorboard")
-        self._tensorboard = SummaryWriter(folder, purge_step=start_step + 1, flush_secs=10)
+        self._tensorboard = _Board(run_dir / "tensorboard", start_step)
+        self._has_warned = False
         self._last_step_of_rank = dict.fromkeys(reporters, start_step - 1)
         self._pending: dict[int, dict[str, float | int]] = {}
 
@@ -96,7 +95,7 @@ class Monitor(AbstractContextManager["Monitor"]):
             from dbdist.figures import partition_figure, pixels
 
             image = pixels(partition_figure(self._schedule))
-            self._tensorboard.add_image("noise/partition", image, self._start_step)
+            self._draw("noise/partition", image, self._start_step)
 
     def record(self, rank: int, step: int, scalars: Scalars, histogram: Json | None = None) -> None:
         """Take what `rank` measured at `step`; a rank never goes back. A step is written once all
@@ -114,7 +113,7 @@ class Monitor(AbstractContextManager["Monitor"]):
 
             image = pixels(histogram_figure(SigmaHistogram.from_dict(histogram)))
             tag = f"noise/sigma_cross_entropy/block{histogram['block']}"
-            self._tensorboard.add_image(tag, image, step)
+            self._draw(tag, image, step)
 
     def message(self, text: str) -> None:
         _print(self._console, text)
@@ -152,17 +151,73 @@ class Monitor(AbstractContextManager["Monitor"]):
         """Write what is pending, complete or not (a rank may have died), and close the files."""
         self._write_through(max(self._pending, default=0))
         self._display.stop()
-        self._tensorboard.close()
-        self._metrics.file.close()
+        with self._surviving("tensorboard"):
+            self._tensorboard.close()
+        with self._surviving("metrics.jsonl"):
+            self._metrics.close()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _write_through(self, last_step: int) -> None:
         for step in sorted(step for step in self._pending if step <= last_step):
-            self._metrics.write(step, scalars := self._pending.pop(step))
-            for tag, value in scalars.items():
-                self._tensorboard.add_scalar(tag, value, step)
+            scalars = self._pending.pop(step)
+            with self._surviving("metrics.jsonl"):
+                self._metrics.write(step, scalars)
+            with self._surviving("tensorboard"):
+                for tag, value in scalars.items():
+                    self._tensorboard.writer.add_scalar(tag, value, step)
+
+    def _draw(self, tag: str, image: Any, step: int) -> None:
+        with self._surviving("tensorboard"):
+            self._tensorboard.writer.add_image(tag, image, step)
+
+    @contextmanager
+    def _surviving(self, name: str) -> Iterator[None]:
+        """A full disk costs records, not the run; the first loss is told."""
+        try:
+            yield
+        except OSError as error:
+            if name == "tensorboard":
+                self._tensorboard.drop()
+            if not self._has_warned:
+                self._has_warned = True
+                self.warn(
+                    f"{self._run_dir / name} cannot be written ({error.strerror or error}); "
+                    "training goes on"
+                )
+
+
+class _Board:
+    """TensorBoard's writer, made anew some time after a failure, which ends its thread."""
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        self._folder = folder
+        self._purge_step: int | None = start_step + 1
+        self._writer: Any = None
+        self._next_try_at = -math.inf
+
+    @property
+    def writer(self) -> Any:
+        """Raises OSError where none can be made."""
+        if self._writer is None:
+            if time.monotonic() < self._next_try_at:
+                raise OSError("it could not be written a moment ago")
+            self._next_try_at = time.monotonic() + RETRY_S
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = str(self._folder)
+            self._writer = SummaryWriter(folder, purge_step=self._purge_step, flush_secs=10)
+            self._purge_step = None
+        return self._writer
+
+    def drop(self) -> None:
+        """Forgets a writer that has failed; what it still held is lost."""
+        self._writer = None
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 class _MetricsFile:
@@ -180,21 +235,39 @@ class _MetricsFile:
             temporary.write_bytes(b"".join(line for line, _ in kept))
             os.replace(temporary, path)
         last_line, self._last = kept[-1] if kept else (b"", {"step": -1, "time_s": 0.0})
-        self.file = path.open("ab")
-        self._offset = self.file.tell() - len(last_line)  # where the last line starts
+        self._file = path.open("ab", buffering=0)
+        self._offset = self._file.tell() - len(last_line)  # where the last line starts
+        self._is_written = True
         self._origin_s = time.monotonic() - self._last["time_s"]
 
     def write(self, step: int, scalars: Scalars) -> None:
-        if step == self._last["step"]:
-            self.file.truncate(self._offset)
-        else:
-            self._offset = self.file.seek(0, os.SEEK_END)
+        """Raises OSError, and then keeps the line for the next time."""
+        if step != self._last["step"]:
+            if not self._is_written:
+                self._write_last()
+            self._offset = self._file.seek(0, os.SEEK_END)
             self._last = {"step": step, "time_s": round(time.monotonic() - self._origin_s, 3)}
         # JSON has no nan and no inf: they become strings.
         self._last |= {k: v if math.isfinite(v) else str(float(v)) for k, v in scalars.items()}
+        self._write_last()
+
+    def close(self) -> None:
+        if not self._is_written:
+            self._write_last()
+        self._file.close()
+
+    def _write_last(self) -> None:
         in_order = dict.fromkeys(("step", "time_s")) | dict(sorted(self._last.items()))
-        self.file.write(json.dumps(in_order, allow_nan=False).encode() + b"\n")
-        self.file.flush()
+        line = memoryview(json.dumps(in_order, allow_nan=False).encode() + b"\n")
+        self._is_written = False
+        self._file.truncate(self._offset)
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError:
+            self._file.truncate(self._offset)  # no half line stays
+            raise
+        self._is_written = True
 
 
 @dataclass

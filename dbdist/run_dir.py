@@ -23,6 +23,8 @@ MAY_CHANGE = (
     "train.log_every",
     "train.activation_checkpointing",
     "parallel.replicas",
+    "parallel.replica_engine",
+    "parallel.deepspeed_config",
     "parallel.coordinator",
     "parallel.timeout_s",
     "checkpoint",

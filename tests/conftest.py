@@ -1,6 +1,7 @@
 """Fixtures for all tests: small configurations, golden vectors, and a pool of real ranks."""
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,3 +46,32 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+class SmallDisk:
+    """A file system of 1 MiB."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+        self._call("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs")
+
+    def make_writable(self, is_writable: bool) -> None:
+        self._call("mount", "-o", f"remount,{'rw' if is_writable else 'ro'}")
+
+    def unmount(self) -> None:
+        self._call("umount", "-l")
+
+    def _call(self, *words: str) -> None:
+        subprocess.run([*words, str(self.path)], check=True, capture_output=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A disk that a test can fill or make read-only; skips where none may be mounted."""
+    try:
+        disk = SmallDisk(tmp_path / "disk")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("may not mount a file system here")
+    yield disk
+    disk.unmount()

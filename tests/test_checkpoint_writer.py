@@ -255,34 +255,6 @@ def test_a_last_checkpoint_that_fails_is_an_error_on_the_coordinator(ranks, tmp_
 # -- disks that are full or may not be written -----------------------------------------------------
 
 
-class SmallDisk:
-    """A file system of 1 MiB."""
-
-    def __init__(self, path):
-        self.path = path
-        path.mkdir()
-        self._call("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs")
-
-    def make_writable(self, is_writable):
-        self._call("mount", "-o", f"remount,{'rw' if is_writable else 'ro'}")
-
-    def unmount(self):
-        self._call("umount", "-l")
-
-    def _call(self, *words):
-        subprocess.run([*words, str(self.path)], check=True, capture_output=True)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    try:
-        disk = SmallDisk(tmp_path / "disk")
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("may not mount a file system here")
-    yield disk
-    disk.unmount()
-
-
 def poll_until(writer, told, num_lines):
     deadline = time.monotonic() + 10
     while len(told) < num_lines and time.monotonic() < deadline:

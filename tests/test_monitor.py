@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,28 @@ def test_an_exception_inside_with_still_writes_everything(tmp_path):
     with pytest.raises(RuntimeError, match="died"), monitor:
         raise RuntimeError("died")
     assert [line["step"] for line in read_lines(tmp_path)] == [1]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+def test_a_full_disk_costs_records_and_not_the_run(small_disk, capsys):
+    monitor, _ = build_monitor(small_disk.path, reporters=(0,))
+    monitor.record(0, 1, loss(0))
+    filler = small_disk.path / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    for step in range(2, 200):
+        monitor.record(0, step, loss(0))
+    monitor.record(0, 200, loss(0))
+    filler.unlink()
+    monitor.record(0, 201, loss(0))
+    monitor.close()
+    steps = [line["step"] for line in read_lines(small_disk.path)]
+    assert steps == sorted(set(steps))
+    assert (steps[0], steps[-1]) == (1, 201)
+    warnings = capsys.readouterr().err
+    assert warnings.count("training goes on") == 1
+    assert "cannot be written (No space left on device)" in " ".join(warnings.split())
 
 
 def test_what_is_added_to_a_written_step_amends_its_line(tmp_path):
