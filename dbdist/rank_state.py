@@ -30,11 +30,9 @@ from dbdist.inference import check_weights, fill
 from dbdist.models.vit import Block, ViTConfig, initial_weights
 from dbdist.monitor import Ownership
 from dbdist.optimizer_state import flatten, load_state, state_of, unflatten
-from dbdist.parallel import zero
 from dbdist.parallel.coordinator import Averaged, Coordinated, Private, Sharded, SharedSync
-from dbdist.parallel.replicas import Engine, Fsdp, SharedGradients, Whole, check_engine, clip
+from dbdist.parallel.replicas import Engine, SharedGradients, Whole, check_engine, clip
 from dbdist.parallel.topology import Topology
-from dbdist.parallel.zero import Zero
 
 
 @dataclass(frozen=True)
@@ -283,11 +281,15 @@ class RankState:
         shapes = {name: p.shape for name, p in module.named_parameters()}
         engine: Engine
         if kind == "fsdp":
+            from dbdist.parallel.fsdp import Fsdp  # late, both: they take time to import
+
             engine = Fsdp(module, topology, self._adamw)
             if seed is not None:
                 engine.set_weights(initial_weights(module, sizes.init, seed))
         elif kind == "deepspeed":
-            engine = Zero(
+            from dbdist.parallel import zero
+
+            engine = zero.Zero(
                 module, topology, self._adamw, zero.settings(config, topology.layout.num_replicas)
             )
         else:

@@ -14,7 +14,6 @@ from dbdist.data import dataset_spec, load_dataset, prepare
 from dbdist.errors import CheckpointError
 from dbdist.evaluation import Evaluation
 from dbdist.monitor import Monitor, peak_memory_mb
-from dbdist.parallel import zero
 from dbdist.parallel.topology import Launch, Topology, build_topology
 from dbdist.rank_state import describe_model
 from dbdist.run_dir import claim, find_own_checkpoint, write_evaluation
@@ -31,6 +30,8 @@ def run(argv: list[str]) -> None:
     launch = Launch.from_environment()
     layout = layout_of(config, launch.world_size)
     if config.parallel.replica_engine == "deepspeed":
+        from dbdist.parallel import zero
+
         zero.settings(config, layout.num_replicas)  # raises before anybody is waited for
     topology = build_topology(layout, launch, config.device, config.parallel.timeout_s)
     try:

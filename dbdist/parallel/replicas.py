@@ -7,15 +7,12 @@ rank outside the block. Shared modules stay outside the engines: `SharedGradient
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -30,7 +27,7 @@ BuildOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 @runtime_checkable
 class Engine(Protocol):
-    """A block among its replicas. Every method but `part` and `set_lr` is collective among them."""
+    """A block among its replicas. All but `part` are collective among them."""
 
     module: nn.Module
     """What is called in the forward pass in place of the block."""
@@ -117,10 +114,10 @@ class Whole:
         self.optimizer.zero_grad()
 
     def grad_norm(self) -> Tensor:
-        return nn.utils.get_total_norm(_gradients(self._block))
+        return nn.utils.get_total_norm(gradients(self._block))
 
     def step(self, scale: Tensor) -> None:
-        torch._foreach_mul_(_gradients(self._block), scale)
+        torch._foreach_mul_(gradients(self._block), scale)
         self.optimizer.step()
 
     def part(self, parameter: nn.Parameter) -> Tensor:
@@ -142,85 +139,6 @@ class Whole:
 
     def set_optimizer_state(self, state: State) -> None:
         load_state(self.optimizer, dict(self._block.named_parameters()), state)
-
-
-class Fsdp:
-    """Weights, gradients and optimizer state are split among the copies, layer by layer; a layer is
-    whole only while it computes. Source: FSDP2, torch.distributed.fsdp.fully_shard."""
-
-    def __init__(self, block: nn.Module, topology: Topology, build_optimizer: BuildOptimizer):
-        """block: on the meta device, so that it is never whole on any rank; empty afterwards."""
-        mesh = DeviceMesh.from_group(topology.own_group(), topology.device.type)
-        for layer in block.get_submodule("layers").children():
-            fully_shard(layer, mesh=mesh)
-        fully_shard(block, mesh=mesh)
-        block.to_empty(device=topology.device)
-        assert isinstance(block, FSDPModule)
-        self.module: nn.Module = block
-        self._fsdp = block
-        self._parameters: dict[str, DTensor] = {
-            name: p for name, p in block.named_parameters() if isinstance(p, DTensor)
-        }
-        self.optimizer = build_optimizer(block.parameters())
-        self.num_optimized = sum(_local(p).numel() for p in block.parameters())
-        # Two all-gathers of the weights and a reduce-scatter of the gradients.
-        self._traffic = Traffic(topology, block, passes=3)
-
-    @contextmanager
-    def accumulate(self, is_last: bool) -> Any:
-        self._fsdp.set_requires_gradient_sync(is_last)
-        self._traffic.count()
-        yield
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad()
-
-    def grad_norm(self) -> Tensor:
-        return _whole(nn.utils.get_total_norm(_gradients(self.module)))
-
-    def step(self, scale: Tensor) -> None:
-        torch._foreach_mul_([_local(g) for g in _gradients(self.module)], scale)
-        self.optimizer.step()
-
-    def part(self, parameter: nn.Parameter) -> Tensor:
-        return _local(parameter.detach())
-
-    def whole(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
-        assert isinstance(parameter, DTensor)
-        return DTensor.from_local(
-            part,
-            parameter.device_mesh,
-            parameter.placements,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        ).full_tensor()
-
-    def weights(self) -> dict[str, Tensor]:
-        return {name: _whole(p.detach()) for name, p in self._parameters.items()}
-
-    @torch.no_grad()
-    def set_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        for name, value in weights:
-            parameter = self._parameters[name]
-            _local(parameter).copy_(_local(_split_like(parameter, value)))
-
-    def optimizer_state(self) -> State:
-        split = state_of(self.optimizer, self._parameters)
-        return {name: {k: _whole(t) for k, t in own.items()} for name, own in split.items()}
-
-    def set_optimizer_state(self, state: State) -> None:
-        split = {
-            name: {
-                kind: _split_like(p, tensor) if tensor.shape == p.shape else tensor
-                for kind, tensor in state[name].items()
-            }
-            for name, p in self._parameters.items()
-            if name in state
-        }
-        load_state(self.optimizer, self._parameters, split)
 
 
 class SharedGradients:
@@ -251,13 +169,13 @@ class SharedGradients:
 def clip(engine: Engine, shared: Iterable[nn.Parameter], max_norm: float | None) -> Any:
     """(norm, scale): the global gradient norm over a block and its local shared modules, whose
     gradients are scaled here; the block's are to be scaled in its step. Stays inside the block."""
-    gradients = [p.grad for p in shared if p.grad is not None]
+    shared_gradients = [p.grad for p in shared if p.grad is not None]
     block_norm = engine.grad_norm()
     norm = torch.linalg.vector_norm(
-        torch.stack([block_norm, nn.utils.get_total_norm(gradients).to(block_norm)])
+        torch.stack([block_norm, nn.utils.get_total_norm(shared_gradients).to(block_norm)])
     )
     scale = torch.clamp((max_norm or math.inf) / (norm + 1e-6), max=1.0)
-    torch._foreach_mul_(gradients, scale)
+    torch._foreach_mul_(shared_gradients, scale)
     return norm, scale
 
 
@@ -285,19 +203,6 @@ class Traffic:
         self._meter.received["replica"] += self._num_bytes
 
 
-def _gradients(module: nn.Module) -> list[Tensor]:
+def gradients(module: nn.Module) -> list[Tensor]:
+    """Of the parameters that have one."""
     return [p.grad for p in module.parameters() if p.grad is not None]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _split_like(parameter: DTensor, value: Tensor) -> DTensor:
-    """This rank's part of a whole tensor; nothing travels."""
-    value = value.to(parameter.device, parameter.dtype)
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
