@@ -166,7 +166,9 @@ class SharedGradients:
         self._meter.received["replica"] += moved
 
 
-def clip(engine: Engine, shared: Iterable[nn.Parameter], max_norm: float | None) -> Any:
+def clip(
+    engine: Engine, shared: Iterable[nn.Parameter], max_norm: float | None
+) -> tuple[Tensor, Tensor]:
     """(norm, scale): the global gradient norm over a block and its local shared modules, whose
     gradients are scaled here; the block's are to be scaled in its step. Stays inside the block."""
     shared_gradients = [p.grad for p in shared if p.grad is not None]

@@ -153,6 +153,8 @@ class Zero:
         self._block = block
         self._stage: int = settings["zero_optimization"]["stage"]
         self._client = build_optimizer(block.parameters())
+        # Before stage 3 takes the block apart.
+        self._traffic = Traffic(topology, block, passes=3 if self._stage == 3 else 2)
         try:
             self._engine, *_ = deepspeed.initialize(
                 model=block,
@@ -170,7 +172,6 @@ class Zero:
         self.module: nn.Module = self._engine
         self._zero: Any = self._engine.optimizer
         self._tools: Any = deepspeed.utils
-        self._traffic = Traffic(topology, block, passes=3 if self._stage == 3 else 2)
 
     @property
     def optimizer(self) -> Optimizer:
