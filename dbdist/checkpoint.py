@@ -79,8 +79,7 @@ class Checkpoint:
         if not intact:
             raise CheckpointError(
                 f"{path} is damaged: {size} bytes, {stated['bytes']} were written, or another "
-                "content; "
-                "remove this checkpoint's folder to fall back on an older one"
+                "content; remove this checkpoint's folder to fall back on an older one"
             )
         return load_weights(path)
 

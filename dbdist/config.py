@@ -364,8 +364,7 @@ class Config:
         if self.mode != "end_to_end" and m.hidden_size < 6:
             raise ConfigError(
                 f"model.hidden_size is {m.hidden_size}; the noise-level embedding is a sixth of "
-                "it, "
-                "so it must be at least 6"
+                "it, so it must be at least 6"
             )
         if self.mode == "end_to_end":
             return
@@ -373,14 +372,12 @@ class Config:
             if m.num_layers % m.num_blocks:
                 raise ConfigError(
                     f"model.num_blocks {m.num_blocks} does not divide model.num_layers "
-                    f"{m.num_layers}; "
-                    "choose a divisor or give model.layers_per_block"
+                    f"{m.num_layers}; choose a divisor or give model.layers_per_block"
                 )
         elif len(m.layers_per_block) != m.num_blocks or sum(m.layers_per_block) != m.num_layers:
             raise ConfigError(
                 f"model.layers_per_block {list(m.layers_per_block)} must have {m.num_blocks} "
-                "entries "
-                f"(model.num_blocks) that add up to {m.num_layers} (model.num_layers)"
+                f"entries (model.num_blocks) that add up to {m.num_layers} (model.num_layers)"
             )
         elif min(m.layers_per_block) < 1:
             raise ConfigError("model.layers_per_block: every block needs at least 1 layer")

@@ -68,10 +68,8 @@ class NoiseSchedule:
         if not bool((self.boundaries[1:] > self.boundaries[:-1]).all()):
             raise ConfigError(
                 f"noise.p_mean {self.p_mean} and noise.p_std {self.p_std} leave no probability "
-                "for some "
-                f"of the {self.num_blocks} blocks between sigma {self.sigma_min} and "
-                f"{self.sigma_max}; "
-                "move p_mean into that range or widen p_std"
+                f"for some of the {self.num_blocks} blocks between sigma {self.sigma_min} and "
+                f"{self.sigma_max}; move p_mean into that range or widen p_std"
             )
 
     @property

@@ -52,8 +52,7 @@ class ViTConfig:
         if self.image_size % self.patch_size:
             raise ConfigError(
                 f"model.patch_size {self.patch_size} does not divide the image side "
-                f"{self.image_size}; "
-                "choose a divisor or resize with data.image_size"
+                f"{self.image_size}; choose a divisor or resize with data.image_size"
             )
 
     @property
