@@ -23,7 +23,7 @@ from jsonargparse import (
 )
 
 from dbdist.config import Config
-from dbdist.errors import ConfigError, UserError
+from dbdist.errors import ConfigError, Fault, UserError
 
 if TYPE_CHECKING:
     from dbdist.parallel.topology import Launch
@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> None:
     run(rest)
 
 
-def fail(prog: str, message: object) -> NoReturn:
-    """One line on stderr and exit code 2; processes of one launcher wait for each other, so that it
-    stops none of them before its line."""
+def fail(prog: str, message: object, code: int = 2) -> NoReturn:
+    """One line on stderr and an exit code; processes of one launcher wait for each other, so that
+    it stops none of them before its line."""
     text = " ".join(str(message).split())
     launch = _launch()
     rank = f"[r{launch.rank}] " if launch.world_size > 1 else ""
@@ -78,15 +78,18 @@ def fail(prog: str, message: object) -> NoReturn:
     launch.leave_together()
     # No interpreter shutdown: a process group that lost its peers must not hold the exit code back.
     sys.stdout.flush()
-    os._exit(2)
+    os._exit(code)
 
 
 def guarded(prog: str, run: Callable[[], None]) -> None:
-    """Runs a command; a UserError ends it with one line and exit code 2, Ctrl-C with 130."""
+    """Runs a command; a UserError ends it with one line and exit code 2, a Fault with 1, Ctrl-C
+    with 130."""
     try:
         run()
     except UserError as error:
         fail(prog, error)
+    except Fault as fault:
+        fail(prog, fault, code=1)
     except KeyboardInterrupt:
         if _launch().rank == 0:
             print(

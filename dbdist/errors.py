@@ -20,3 +20,8 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or weights file that is missing, damaged or of another model."""
+
+
+class Fault(Exception):
+    """A run that cannot go on, through no mistake of its user: the message says which rank, block
+    and step are at fault; entry points turn it into exit code 1."""

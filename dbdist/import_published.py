@@ -10,9 +10,9 @@ from pathlib import Path
 
 from dbdist.cli import OneLineParser, guarded
 from dbdist.compat import import_published
-from dbdist.config import DataConfig
 from dbdist.data import dataset_spec
 from dbdist.errors import ConfigError
+from dbdist.options import DataConfig
 
 
 def main(argv: list[str] | None = None) -> None:

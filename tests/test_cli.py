@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dbdist import config as config_module
+from dbdist import config, options
 from dbdist.cli import COMMANDS, main, parse_config, write_yaml
 from dbdist.config import Config
 from dbdist.errors import ConfigError
@@ -334,7 +334,7 @@ def test_help_names_every_command(capsys, monkeypatch):
 def documented():
     """Field name -> the texts under fields of that name, from the source."""
     texts = {}
-    for node in ast.walk(ast.parse(inspect.getsource(config_module))):
+    for node in ast.walk(ast.parse(inspect.getsource(options) + inspect.getsource(config))):
         if isinstance(node, ast.ClassDef):
             for field, after in zip(node.body, node.body[1:], strict=False):
                 if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):

@@ -6,9 +6,10 @@ import inspect
 
 import pytest
 
-from dbdist import config as module
-from dbdist.config import Config, ModelConfig, SamplerConfig, TrainConfig
+from dbdist import config, options
+from dbdist.config import Config
 from dbdist.errors import ConfigError
+from dbdist.options import ModelConfig, SamplerConfig, TrainConfig
 
 NAN, INF = float("nan"), float("inf")
 VALID = Config(
@@ -241,7 +242,7 @@ def test_a_configuration_is_immutable():
 
 def documented_fields():
     """(class.field, whether it is a section, the string under it) of every configuration class."""
-    for node in ast.parse(inspect.getsource(module)).body:
+    for node in ast.parse(inspect.getsource(options) + inspect.getsource(config)).body:
         if not isinstance(node, ast.ClassDef):
             continue
         assert ast.get_docstring(node), f"{node.name} has no docstring"

@@ -13,7 +13,7 @@ SOURCES = {
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")
 }
-LOWEST = ("noise", "seeds", "errors", "config", "models", "sampler")
+LOWEST = ("noise", "seeds", "errors", "options", "config", "models", "sampler")
 PURE = (*LOWEST, "denoiser", "tasks", "data", "ema", "inference")
 ENTRY_POINTS = tuple(
     f"dbdist.{name}"

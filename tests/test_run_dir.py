@@ -8,8 +8,9 @@ import pytest
 
 from dbdist import run_dir
 from dbdist.checkpoint import Checkpoint
-from dbdist.config import Config, TrainConfig
+from dbdist.config import Config
 from dbdist.errors import ConfigError
+from dbdist.options import TrainConfig
 from dbdist.run_dir import MAY_CHANGE, read_config
 
 OTHER = {str: "other", int: 12345, float: 0.12345}

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dbdist.config import DataConfig
 from dbdist.errors import DataError
+from dbdist.options import DataConfig
 
 PROBE_S = 3.0
 """How long to wait for a server's first answer: a machine without network should say so at once."""

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dbdist.config import DataConfig
 from dbdist.data.files import require, root_of
 from dbdist.errors import DataError
+from dbdist.options import DataConfig
 
 Split = Literal["train", "test"]
 
