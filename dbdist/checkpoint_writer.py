@@ -59,7 +59,8 @@ class CheckpointWriter:
         self._about: dict[int, dict[str, Any]] = {}
         self._arrived: dict[int, dict[int, Part]] = {}
         self._completing: dict[int, Future[str | None]] = {}
-        self._last_step: int | None = None
+        self.last_step: int | None = None
+        """Saved last."""
         self._last_failure: tuple[int, str] | None = None
 
     def clean(self) -> None:
@@ -78,7 +79,7 @@ class CheckpointWriter:
         if self._part is not None:
             wait([self._part])
             self.poll()
-        self._last_step = step
+        self.last_step = step
         if self._topology.is_coordinator:
             self._about[step] = about
         if rank in self._writers:
@@ -102,10 +103,10 @@ class CheckpointWriter:
                 self._completing.clear()
                 raise CheckpointError(missing)
             for step, reason in self._advance():
-                if step != self._last_step:
+                if step != self.last_step:
                     self._tell(step, reason)
             time.sleep(0.005)
-        if self._last_failure is not None and self._last_failure[0] == self._last_step:
+        if self._last_failure is not None and self._last_failure[0] == self.last_step:
             step, reason = self._last_failure
             raise CheckpointError(
                 f"checkpoint of step {step}, the last, failed: {reason}; {self._rest}"
@@ -169,7 +170,7 @@ class CheckpointWriter:
 
     def _what_is_missing(self) -> str:
         if self._part is not None:
-            return f"rank {self._topology.rank} did not write its part of step {self._last_step}"
+            return f"rank {self._topology.rank} did not write its part of step {self.last_step}"
         step = min({*self._about, *self._completing})
         missing = sorted(self._writers - self._arrived.get(step, {}).keys())
         if step in self._completing:

@@ -68,17 +68,23 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def fail(prog: str, message: object, code: int = 2) -> NoReturn:
-    """One line on stderr and an exit code; processes of one launcher wait for each other, so that
-    it stops none of them before its line."""
+    """One line on stderr and an exit code; after a user's mistake, processes of one launcher wait
+    for each other, so that it stops none of them before its line."""
+    say(prog, f"error: {message}")
+    if code == 2:
+        _launch().leave_together()
+    # No interpreter shutdown: a process group that lost its peers must not hold the exit code back.
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def say(prog: str, message: object) -> None:
+    """One line on stderr, with the rank where there are several."""
     text = " ".join(str(message).split())
     launch = _launch()
     rank = f"[r{launch.rank}] " if launch.world_size > 1 else ""
     sys.stderr.flush()
-    os.write(2, f"{rank}{prog}: error: {text}\n".encode())  # at once: ranks share the terminal
-    launch.leave_together()
-    # No interpreter shutdown: a process group that lost its peers must not hold the exit code back.
-    sys.stdout.flush()
-    os._exit(code)
+    os.write(2, f"{rank}{prog}: {text}\n".encode())  # at once: ranks share the terminal
 
 
 def guarded(prog: str, run: Callable[[], None]) -> None:

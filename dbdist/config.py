@@ -237,6 +237,16 @@ class Config:
         _at_least(1, parallel__replicas=p.replicas, parallel__sync_every=p.sync_every)
         _at_least(0, parallel__check_every=p.check_every)
         self._validate_blocks()
+        has_copies = {
+            "block_parallel": p.replicas > 1 or (p.sync == "step" and self.num_blocks > 1),
+            "sequential": False,
+            "end_to_end": True,
+        }
+        if p.check_every > 0 and not has_copies[self.mode]:
+            raise ConfigError(
+                "parallel.check_every compares weights that several ranks hold alike, which needs "
+                "parallel.sync: step or parallel.replicas of 2 or more; leave it out"
+            )
         if not 0 < p.timeout_s < 1e7:
             raise ConfigError(f"parallel.timeout_s is {p.timeout_s}; it must lie between 0 and 1e7")
         if not p.outer_lr > 0:

@@ -6,6 +6,7 @@ holds one block at a time.
 
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -14,15 +15,16 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from dbdist import build
 from dbdist.checkpoint import find_checkpoint
-from dbdist.cli import guarded, parse_config
+from dbdist.cli import guarded, parse_config, say
 from dbdist.config import Config
 from dbdist.data import dataset_spec, load_dataset, prepare
 from dbdist.errors import CheckpointError, ConfigError, TopologyError
 from dbdist.evaluation import Evaluation, Model, check_test_set, evaluate
-from dbdist.parallel.topology import Launch, Layout, Topology, build_topology
+from dbdist.parallel.topology import Launch, Layout, Topology
 from dbdist.rank_state import describe_model
 from dbdist.restore import load_block
 from dbdist.run_dir import read_config, write_evaluation
+from dbdist.session import facts_of, joined
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,11 +36,9 @@ def run(argv: list[str]) -> None:
 
     launch = Launch.from_environment()
     layout = layout_for_evaluation(config, launch.world_size)
-    topology = build_topology(layout, launch, config.device, config.parallel.timeout_s)
-    try:
+    tell = partial(say, "dbdist evaluate")
+    with joined(config, layout, launch, facts_of(config), tell) as topology:
         evaluate_run(config, topology)
-    finally:
-        topology.close()
 
 
 def config_of_run(prog: str, description: str, argv: list[str]) -> Config:

@@ -30,6 +30,7 @@ from dbdist.inference import check_weights, fill
 from dbdist.models.vit import Block, ViTConfig, initial_weights
 from dbdist.monitor import Ownership
 from dbdist.optimizer_state import flatten, load_state, state_of, unflatten
+from dbdist.parallel.agreement import digest_of, find_difference
 from dbdist.parallel.coordinator import Averaged, Coordinated, Private, Sharded, SharedSync
 from dbdist.parallel.replicas import Engine, SharedGradients, Whole, check_engine, clip
 from dbdist.parallel.topology import Topology
@@ -115,14 +116,46 @@ class RankState:
         owned.engine.zero_grad()
         self.shared.zero_grad()
 
-    def clip_gradients(self, owned: OwnedBlock) -> tuple[Tensor, Tensor]:
+    def clip_gradients(self, owned: OwnedBlock, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Averages the shared gradients over the replicas and holds the global norm of block and
         shared modules to `train.clip_norm`.
 
-        Returns that norm before, and the factor that the block's step has still to apply.
+        Returns that norm before, and the factor that the block's step has still to apply. The norm
+        is the same on all replicas, and not finite if any gradient, or any replica's loss, is not.
         """
+        some = next(p.grad for p in self.shared.parameters() if p.grad is not None)
+        with torch.no_grad():
+            some.view(-1)[0] += 0 * loss  # nan of a loss that is not finite: all replicas see it
         self._shared_gradients.average()
         return clip(owned.engine, self.shared.parameters(), self.config.train.clip_norm)
+
+    def drop_gradients(self, owned: OwnedBlock) -> None:
+        """Makes a step one that the block takes no part in: its shared gradients count as zeros."""
+        owned.engine.skip()
+        for parameter in self.shared.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+    def describe_parameters(self) -> dict[str, list[int]]:
+        """Shape of every whole parameter, by `block 1: name`."""
+        found = {f"shared modules: {n}": list(p.shape) for n, p in self.shared_parameters.items()}
+        for owned in self.blocks:
+            found |= {f"block {owned.index}: {n}": list(s) for n, s in owned.shapes.items()}
+        return found
+
+    def find_drift(self) -> str | None:
+        """The first difference between weights that several ranks hold alike: copies of a block,
+        and of the shared modules where all have the same. Collective among those ranks."""
+        topology = self.topology
+        is_common = isinstance(self.sync, Coordinated | Sharded)
+        ranks = range(topology.world_size) if is_common else topology.copies
+        if len(ranks) == 1:
+            return None
+        facts = {"shared modules": digest_of(self.shared_parameters)}
+        for owned in self.blocks:
+            if owned.engine.is_whole:
+                facts[f"block {owned.index}"] = digest_of(owned.parameters)
+        return find_difference(facts, ranks, None if is_common else topology.replica_group)
 
     def set_lr(self, progress: float, last_step: int) -> None:
         """Linear warm-up, then constant or half a cosine. progress: steps of each block done

@@ -3,21 +3,28 @@ off."""
 
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from dbdist import build
-from dbdist.cli import guarded, parse_config
+from dbdist.cli import guarded, parse_config, say
 from dbdist.config import Config
 from dbdist.data import dataset_spec, load_dataset, prepare
 from dbdist.errors import CheckpointError
 from dbdist.evaluation import Evaluation
 from dbdist.monitor import Monitor, peak_memory_mb
-from dbdist.parallel.topology import Launch, Topology, build_topology
+from dbdist.parallel.agreement import check_agreement
+from dbdist.parallel.topology import Launch, Topology
 from dbdist.rank_state import describe_model
 from dbdist.run_dir import claim, find_own_checkpoint, write_evaluation
+from dbdist.session import facts_of, hearing_signals, joined
 from dbdist.trainer import Trainer, layout_of
+
+GRACE_S = 20.0
+"""Launchers kill a rank 30 s after its SIGTERM."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,15 +40,18 @@ def run(argv: list[str]) -> None:
         from dbdist.parallel import zero
 
         zero.settings(config, layout.num_replicas)  # raises before anybody is waited for
-    topology = build_topology(layout, launch, config.device, config.parallel.timeout_s)
-    try:
-        train(config, topology)
-    finally:
-        topology.close()
+    tell = partial(say, "dbdist train")
+    with joined(config, layout, launch, facts_of(config), tell, config.trained_blocks) as topology:
+        train(config, topology, tell)
 
 
-def train(config: Config, topology: Topology) -> Evaluation:
-    """Sets a run up on this rank and trains it. Collective."""
+def train(
+    config: Config, topology: Topology, tell: Callable[[str], None] | None = None
+) -> Evaluation | None:
+    """Sets a run up on this rank and trains it; None if it was asked to stop. Collective.
+
+    tell: shows a line, from any thread; None: signals are not heard.
+    """
     start = time.perf_counter()
     run_dir = Path(config.run_dir)
     with topology.agree("opening the run directory"):  # first: it takes no time
@@ -65,6 +75,10 @@ def train(config: Config, topology: Topology) -> Evaluation:
             claim(config, len(train_set), checkpoint and checkpoint.step)
     with topology.agree("building the model"):
         trainer = Trainer(config, topology, train_set, test_set, checkpoint)
+    with topology.agree():
+        if topology.world_size > 1:
+            data = {"the training set": train_set.digest(), "the test set": test_set.digest()}
+            check_agreement(data | trainer.state.describe_parameters(), topology.world_size)
     rows = topology.gather(trainer.state.ownership())
     monitor = None
     if topology.is_coordinator:
@@ -79,8 +93,15 @@ def train(config: Config, topology: Topology) -> Evaluation:
         monitor.ownership(rows)  # type: ignore[arg-type]
         if checkpoint is not None:
             monitor.message(f"continuing from step {checkpoint.step} ({checkpoint.path})")
+    grace_s = GRACE_S if config.parallel.sync != "step" else 0.0
     try:
-        evaluation = trainer.fit(monitor)
+        with hearing_signals(topology, tell, grace_s):
+            evaluation = trainer.fit(monitor)
+        if evaluation is None:
+            if monitor is not None:
+                stopped = f"stopped at step {trainer.step} ({trainer.stop and trainer.stop.reason})"
+                monitor.message(f"{stopped}; to continue: {Launch.command('dbdist.train')}")
+            return None
         peaks = topology.gather(peak_memory_mb(topology.device))
         if monitor is not None:
             write_evaluation(run_dir, evaluation)

@@ -9,8 +9,9 @@ optimizers and step.
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,17 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from dbdist import seeds
-from dbdist.checkpoint import Checkpoint
+from dbdist.checkpoint import PREFIX, Checkpoint
 from dbdist.checkpoint_writer import CheckpointWriter
 from dbdist.config import Config
 from dbdist.data import BatchStream, ImageDataset
-from dbdist.errors import ConfigError, TopologyError, UserError
+from dbdist.errors import ConfigError, Fault, TopologyError
 from dbdist.evaluation import Evaluation, check_test_set, evaluate
 from dbdist.histogram import SigmaHistogram
 from dbdist.monitor import Monitor, peak_memory_mb
+from dbdist.numerics import BadStep, LossSpikes, norms_of
 from dbdist.parallel.mailbox import Mailbox
+from dbdist.parallel.stopping import Stop
 from dbdist.parallel.topology import Layout, Topology
 from dbdist.rank_state import OwnedBlock, RankState, describe_model
 from dbdist.tasks.classification import Draws, Loss, sample_draws
@@ -42,9 +45,23 @@ class Trainee:
     steps_done: int
     batches: BatchStream
     totals: Tensor
-    """Sums of loss, cross-entropy, gradient norm and steps since the last record, on the device."""
+    """Sums of loss, cross-entropy, gradient norm and steps since the last record, on the device,
+    without the steps that were skipped."""
     histogram: SigmaHistogram | None
     seconds: float = 0.0
+    num_skipped: int = 0
+    """Steps skipped since the last record."""
+    skipped_in_a_row: int = 0
+    spikes: LossSpikes = field(default_factory=LossSpikes)
+
+
+@dataclass
+class _Step:
+    """What one step of a block has come to, over the parts of its batch."""
+
+    loss: Tensor
+    cross_entropy_N: list[Tensor]
+    sigma_N: list[Tensor]
 
 
 def layout_of(config: Config, world_size: int) -> Layout:
@@ -100,11 +117,21 @@ class Trainer:
             Path(config.run_dir), topology, self._writers(), config.checkpoint.keep_last
         )
         self.monitor: Monitor | None = None
+        self.stop: Stop | None = None
+        """Why training ended before its last step."""
+        self.step = self.start_step
+        """Steps done by every block."""
+        self._is_sound = True
+        """Whether this rank's state may be saved."""
         self._mailbox = Mailbox(topology, "metrics")
         self._marks = _Marks(step=self.start_step)
 
-    def fit(self, monitor: Monitor | None) -> Evaluation:
-        """Trains to the last step and evaluates. monitor: on rank 0."""
+    def fit(self, monitor: Monitor | None) -> Evaluation | None:
+        """Trains to the last step and evaluates. monitor: on rank 0.
+
+        Returns None if it was asked to stop before (`stop` says why); what was trained is saved
+        then. Raises Fault where something is wrong, UserError for a mistake.
+        """
         self.monitor = monitor
         if monitor is not None:
             self.writer.warn = monitor.warn
@@ -112,19 +139,24 @@ class Trainer:
             self.writer.clean()
         self.topology.barrier()
         self.state.set_training(True)
-        evaluation = None
+        evaluation, stopping = None, self.topology.watch.stopping
         try:
             for step in range(self.start_step, self.max_steps):
+                self.stop = stopping.may_begin(step)
+                if self.stop is not None:
+                    self._save_and_stop(self.stop)
+                    break
                 self.train_step(step)
-                evaluation = self._after_step(step + 1)
-            if evaluation is None:  # there was nothing left to train
-                evaluation = self.evaluate(self.start_step)
-            with self.topology.agree():
-                self.writer.finish(self.config.parallel.timeout_s)
+                self.step = step + 1
+                evaluation = self._after_step(self.step)
+            else:
+                if evaluation is None:  # there was nothing left to train
+                    evaluation = self.evaluate(self.start_step)
+                self._finish_saving()
         finally:
             self.close()
         self._collect()
-        return evaluation
+        return evaluation if self.stop is None else None
 
     def train_step(self, step: int) -> None:
         """One step of every block: of this rank's, or in sequential mode of num_blocks random ones.
@@ -161,37 +193,92 @@ class Trainer:
         `dbdist.bench.step`."""
         start = time.perf_counter()
         owned, state, parts = trainee.owned, self.state, self.config.train.accumulation_steps
-        with record_function("dbdist::load"):
+        with self._phase("load"):
             images, labels_N = self._next_batch(trainee)
-        with record_function("dbdist::noise"):
+        with self._phase("noise"):
             draws = self._draws(trainee)
             self._seed_dropout(trainee)
         state.zero_gradients(owned)
         size = len(labels_N) // parts
+        done = _Step(torch.zeros((), dtype=torch.float64, device=self.topology.device), [], [])
         for first in range(0, len(labels_N), size):
             rows = slice(first, first + size)
             part = draws and draws.part(first, first + size)
             with owned.engine.accumulate(is_last=first + size == len(labels_N)):
-                with record_function("dbdist::forward"), self._autocast():
+                with self._phase("forward"), self._autocast():
                     inputs = (images[rows], labels_N[rows], *((part,) if part else ()))
                     loss: Loss = owned.objective(*inputs)
-                with record_function("dbdist::backward"):
+                with self._phase("backward"):
                     owned.engine.backward(loss.value / parts)
-            self._note(trainee, loss, part)
-        with record_function("dbdist::optimizer"):
-            norm, scale = state.clip_gradients(owned)
-        with record_function("dbdist::sync"):
+            done.loss += loss.value.detach() / parts
+            done.cross_entropy_N.append(loss.cross_entropy_N)
+            done.sigma_N += [part.sigma_N] if part else []
+        with self._phase("optimizer"):
+            norm, scale = state.clip_gradients(owned, done.loss)
+            loss_value, norm_value = torch.stack([done.loss, norm.to(done.loss)]).tolist()
+            is_finite = math.isfinite(norm_value)  # the same on all replicas
+            if not is_finite:
+                self._handle_nonfinite(trainee, done, loss_value, norm_value)
+        with self._phase("sync"):
             state.sync.begin()
-        with record_function("dbdist::optimizer"):
-            owned.engine.step(scale)
+        with self._phase("optimizer"):
+            if is_finite:
+                owned.engine.step(scale)
+                self._note(trainee, done, loss_value, norm_value)
             trainee.steps_done += 1
-        with record_function("dbdist::sync"):
-            state.sync.finish(trainee.steps_done)
+        with self._phase("sync"):
+            state.sync.finish(trainee.steps_done, is_skipped=not is_finite)
         if state.ema:
             state.ema.update()
-        trainee.totals[2] += norm.detach()
-        trainee.totals[3] += 1
         trainee.seconds += time.perf_counter() - start
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Labels a phase for the profiler, and for the other ranks' watch."""
+        has_replicas = self.topology.layout.num_replicas > 1
+        self.topology.watch.at(name, waits=name == "sync" or (has_replicas and name != "load"))
+        with record_function(f"dbdist::{name}"):
+            yield
+
+    def _handle_nonfinite(
+        self, trainee: Trainee, done: _Step, loss: float, grad_norm: float
+    ) -> None:
+        """Leaves the gradients out of this step, reports it, and stops all ranks if so wanted."""
+        owned, topology, policy = trainee.owned, self.topology, self.config.train.nonfinite
+        gradients = {n: p.grad for n, p in owned.parameters.items() if p.grad is not None}
+        shared = {n: p.grad for n, p in self.state.shared_parameters.items() if p.grad is not None}
+        bad = BadStep(
+            step=trainee.steps_done + 1,
+            block=owned.index,
+            rank=topology.rank,
+            replica=topology.replica,
+            loss=loss,
+            grad_norm=grad_norm,
+            indices=trainee.batches.indices_of_step(trainee.steps_done),
+            cross_entropy_N=torch.cat(done.cross_entropy_N),
+            sigma_N=torch.cat(done.sigma_N) if done.sigma_N else None,
+            grad_norms=norms_of(gradients) | norms_of({PREFIX + n: g for n, g in shared.items()}),
+            lr=owned.engine.optimizer.param_groups[0]["lr"],
+        )
+        try:
+            report = str(bad.write(Path(self.config.run_dir)))
+        except OSError as error:
+            report = f"no report ({error.strerror})"
+        self.state.drop_gradients(owned)
+        trainee.num_skipped += 1
+        trainee.skipped_in_a_row += 1
+        limit = self.config.train.max_skipped
+        text = f"rank {topology.rank}, block {bad.block}, step {bad.step}: {bad}"
+        if policy == "skip" and trainee.skipped_in_a_row <= limit:
+            self._warn(f"{text}; the step is skipped, see {report}")
+            return
+        self._is_sound = False
+        row = f" in {limit + 1} steps in a row (train.max_skipped)" if policy == "skip" else ""
+        topology.watch.stopping.ask(
+            f"{text}{row}; see {report}; lower train.lr, set train.clip_norm or train.nonfinite "
+            "skip, and continue from the newest checkpoint",
+            is_fault=True,
+        )
 
     def _step_shared_alone(self, steps_done: int) -> None:
         self.state.sync.begin()
@@ -239,18 +326,41 @@ class Trainer:
 
     # Between steps
 
-    def _after_step(self, step: int) -> Evaluation | None:
-        """What is due after a step of every block: checkpoint, evaluation, record."""
+    def _save_and_stop(self, stop: Stop) -> None:
+        """Saves what may be saved. Raises Fault if something is wrong."""
+        is_common = stop.last_step is not None and not stop.is_fault
+        is_new = self.step > self.start_step and self.step != self.writer.last_step
+        if is_common and is_new:
+            self._after_step(self.step, is_stop=True)
+            self._finish_saving()
+        if stop.is_fault:
+            raise Fault(stop.reason)
+        if stop.last_step is None:
+            raise Fault(f"{stop.reason}, but a rank is gone: nothing new was saved")
+
+    def _finish_saving(self) -> None:
+        self.topology.watch.at("completing the checkpoint", waits=True)
+        with self.topology.agree():
+            self.writer.finish(self.config.parallel.timeout_s)
+
+    def _after_step(self, step: int, is_stop: bool = False) -> Evaluation | None:
+        """What is due after a step of every block: checkpoint, evaluation, record. is_stop: all is
+        done but the checkpoint."""
         config, is_last = self.config, step == self.max_steps
-        is_eval = is_last or _is_due(step, config.eval.every_steps)
-        is_save = is_last or _is_due(step, config.checkpoint.every_steps)
+        is_eval = (is_last or _is_due(step, config.eval.every_steps)) and not is_stop
+        is_save = is_last or _is_due(step, config.checkpoint.every_steps) or is_stop
         is_log = is_eval or is_save or _is_due(step, config.train.log_every) or step == 1
+        if _is_due(step, config.parallel.check_every) and not is_stop:
+            self._compare_weights(step)
         scalars = self._measure(step) if is_log else {}
         if is_save:
+            self.topology.watch.at("saving")
             about = self._about(step) if self.topology.is_coordinator else {}
             self.writer.save(step, self.state.files(), about)
         else:
             self.writer.poll()
+        if is_eval:
+            self.topology.watch.at("evaluation", waits=True)
         evaluation = self.evaluate(step) if is_eval else None
         if evaluation is not None and self.topology.is_coordinator:
             scalars |= evaluation.scalars()
@@ -259,12 +369,34 @@ class Trainer:
             self._collect()
         return evaluation
 
-    def _note(self, trainee: Trainee, loss: Loss, draws: Draws | None) -> None:
-        share = 1 / self.config.train.accumulation_steps
-        trainee.totals[0] += loss.value.detach() * share
-        trainee.totals[1] += loss.cross_entropy_N.mean() * share
-        if trainee.histogram is not None and draws is not None:
-            trainee.histogram.add(draws.sigma_N, loss.cross_entropy_N)
+    def _note(self, trainee: Trainee, done: _Step, loss: float, grad_norm: float) -> None:
+        """Adds a finite step to what the next record says."""
+        trainee.skipped_in_a_row = 0
+        cross_entropy_N = torch.cat(done.cross_entropy_N)
+        trainee.totals[0] += done.loss
+        trainee.totals[1] += cross_entropy_N.mean()
+        trainee.totals[2] += grad_norm
+        trainee.totals[3] += 1
+        if trainee.histogram is not None and done.sigma_N:
+            trainee.histogram.add(torch.cat(done.sigma_N), cross_entropy_N)
+        if told := trainee.spikes.add(loss):
+            place = f"block {trainee.owned.index}, step {trainee.steps_done + 1}"
+            self._warn(f"{place}: {told} (gradient norm {grad_norm:.4g})")
+
+    def _warn(self, text: str) -> None:
+        """A line in the log, from the block's first replica."""
+        if self.topology.replica == 0:
+            self._mailbox.post({"warning": text})
+
+    def _compare_weights(self, step: int) -> None:
+        """Stops the run where ranks no longer have the same weights."""
+        if difference := self.state.find_drift():
+            self._is_sound = False
+            self.topology.watch.stopping.ask(
+                f"step {step}: weights that must be alike are not: {difference}; continue from a "
+                "checkpoint before this step",
+                is_fault=True,
+            )
 
     def _measure(self, step: int) -> dict[str, float]:
         """This rank's scalars since the last record. Collective among the replicas of a block."""
@@ -295,21 +427,21 @@ class Trainer:
         seconds = trainee.seconds + time.perf_counter() - start
         trainee.totals.zero_()
         trainee.seconds = 0.0
-        if not math.isfinite(loss + norm):
-            raise UserError(
-                f"rank {topology.rank}, block {block}, step {step}: since the last record the mean "
-                f"loss is {loss / num_steps} and the gradient norm {norm / num_steps}; lower "
-                "train.lr or set train.clip_norm, and continue from the last checkpoint"
-            )
-        if num_steps == 0 or topology.replica > 0:
+        num_skipped, trainee.num_skipped = trainee.num_skipped, 0
+        if topology.replica > 0:
             return {}
-        samples = self.config.train.batch_size * num_steps
-        return {
+        counts: dict[str, float] = {}
+        if self.config.train.nonfinite == "skip":
+            counts = {f"train/skipped/block{block}": num_skipped}
+        if num_steps == 0:
+            return counts
+        samples = self.config.train.batch_size * (num_steps + num_skipped)
+        return counts | {
             f"train/loss/block{block}": loss / num_steps,
             f"train/cross_entropy/block{block}": cross_entropy / num_steps,
             f"train/grad_norm/block{block}": norm / num_steps,
             f"train/lr/block{block}": trainee.owned.engine.optimizer.param_groups[0]["lr"],
-            f"perf/step_ms/block{block}": 1e3 * seconds / num_steps,
+            f"perf/step_ms/block{block}": 1e3 * seconds / (num_steps + num_skipped),
             f"perf/samples_per_s/block{block}": samples / seconds,
         }
 
@@ -328,7 +460,11 @@ class Trainer:
         if not self.topology.is_coordinator:
             return
         for rank, record in self._mailbox.collect():
-            if self.monitor is not None:
+            if self.monitor is None:
+                continue
+            if "warning" in record:
+                self.monitor.warn(record["warning"])
+            else:
                 self.monitor.record(rank, record["step"], record["scalars"], record["histogram"])
 
     def _about(self, step: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A sample is a function of its key alone: an index, or (index, augment_seed) for 
 that is augmented. Nothing here moves the global random generators, downloads or communicates.
 """
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,17 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def digest(self) -> str:
+        """SHA-256 that names the samples and their order: of pixels and labels, or of the image
+        files' last three folders and names."""
+        digest = hashlib.sha256(self.labels.numpy().tobytes())
+        if isinstance(self._images, Tensor):
+            digest.update(self._images.contiguous().numpy().data)
+        else:
+            names = ["/".join(path.parts[-3:]) for path in self._images]
+            digest.update("\n".join(names).encode())
+        return digest.hexdigest()
 
     def __getitem__(self, key: Key) -> tuple[Float[Tensor, "c h w"], int]:
         images, labels = self.__getitems__([key])

@@ -33,10 +33,12 @@ class Private:
     def begin(self) -> None:
         """Nothing travels."""
 
-    def finish(self, step: int) -> None:
-        """step: steps of the block taken so far, this one included."""
+    def finish(self, step: int, is_skipped: bool = False) -> None:
+        """step: steps of the block taken so far, this one included. is_skipped: this block takes no
+        part in this one."""
         assert self.optimizer is not None
-        self.optimizer.step()
+        if not is_skipped:
+            self.optimizer.step()
 
 
 class _Star:
@@ -126,7 +128,8 @@ class Coordinated:
             self._star.buffer.pack({name: p.grad for name, p in self._parameters.items()})
         self._star.send_up()
 
-    def finish(self, step: int) -> None:
+    def finish(self, step: int, is_skipped: bool = False) -> None:
+        """is_skipped: without effect, as a skipped step's gradients are zeros by now."""
         if self.optimizer is not None:
             self._star.mean()
             for name, parameter in self._parameters.items():
@@ -183,8 +186,8 @@ class Averaged:
     def begin(self) -> None:
         """Gradients do not travel."""
 
-    def finish(self, step: int) -> None:
-        if self.optimizer is not None:
+    def finish(self, step: int, is_skipped: bool = False) -> None:
+        if self.optimizer is not None and not is_skipped:
             self.optimizer.step()
         if step % self.every == 0:
             self._average()
@@ -245,7 +248,7 @@ class Sharded:
             )
             self._count()
 
-    def finish(self, step: int) -> None:
+    def finish(self, step: int, is_skipped: bool = False) -> None:
         self._wait()
         self._received /= self._topology.world_size
         self._part.grad = self._received.to(self._topology.device, copy=True)

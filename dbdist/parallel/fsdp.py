@@ -21,6 +21,8 @@ class Fsdp:
     """A block split layer by layer; a layer is whole only while it computes. See `replicas.Engine`.
     Source: FSDP2, torch.distributed.fsdp.fully_shard."""
 
+    is_whole = False
+
     def __init__(self, block: nn.Module, topology: Topology, build_optimizer: BuildOptimizer):
         """block: on the meta device, so that it is never whole on any rank; empty afterwards."""
         mesh = DeviceMesh.from_group(topology.own_group(), topology.device.type)
@@ -57,6 +59,9 @@ class Fsdp:
     def step(self, scale: Tensor) -> None:
         torch._foreach_mul_([_local(g) for g in gradients(self.module)], scale)
         self.optimizer.step()
+
+    def skip(self) -> None:
+        self.optimizer.zero_grad()
 
     def part(self, parameter: nn.Parameter) -> Tensor:
         return _local(parameter.detach())

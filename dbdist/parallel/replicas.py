@@ -31,6 +31,8 @@ class Engine(Protocol):
 
     module: nn.Module
     """What is called in the forward pass in place of the block."""
+    is_whole: bool
+    """Whether every copy has all weights of the block."""
 
     @property
     def optimizer(self) -> Optimizer: ...
@@ -54,6 +56,10 @@ class Engine(Protocol):
 
     def step(self, scale: Tensor) -> None:
         """The optimizer's step, with the gradients times scale."""
+        ...
+
+    def skip(self) -> None:
+        """In place of `step`: drops the gradients, and changes neither weights nor optimizer."""
         ...
 
     def part(self, parameter: nn.Parameter) -> Tensor:
@@ -84,6 +90,8 @@ class Engine(Protocol):
 class Whole:
     """Every copy has the whole block: one copy alone, or several by DDP. Copies start alike because
     weights depend on the seed alone."""
+
+    is_whole = True
 
     def __init__(self, block: nn.Module, topology: Topology, build_optimizer: BuildOptimizer):
         self.module: nn.Module = block
@@ -119,6 +127,9 @@ class Whole:
     def step(self, scale: Tensor) -> None:
         torch._foreach_mul_(gradients(self._block), scale)
         self.optimizer.step()
+
+    def skip(self) -> None:
+        self.optimizer.zero_grad()
 
     def part(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach()

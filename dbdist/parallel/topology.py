@@ -6,24 +6,29 @@ The copies of a block, which talk most, are on one node where they fit.
 """
 
 import os
+import shlex
 import signal
 import socket
+import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from dbdist.errors import ConfigError, TopologyError, UserError
+from dbdist.parallel.agreement import Facts, check_agreement
 from dbdist.parallel.meter import Meter
+from dbdist.parallel.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,22 @@ class Launch:
                 )
             time.sleep(0.01)
         return name
+
+    @staticmethod
+    def command(module: str) -> str:
+        """What was typed to start this process, or its launcher where that can be told."""
+        own = f"python -m {module}"
+        with suppress(OSError):
+            words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
+            names = [Path(word).name for word in words]
+            for start, name in enumerate(names[:3]):
+                if name in ("torchrun", "accelerate"):
+                    return shlex.join([name, *words[start + 1 :]])
+                if name == "torch.distributed.run":
+                    return shlex.join(["torchrun", *words[start + 1 :]])
+        if "WORLD_SIZE" in os.environ:
+            own = f"the launcher's command with -m {module}"
+        return f"{own} {shlex.join(sys.argv[1:])}"
 
     def leave_together(self, seconds: float = 5.0) -> None:
         """Waits until every rank is about to leave because of a user's mistake; gives up after
@@ -263,6 +284,7 @@ class Topology:
     """The copies of this rank's block; None when there is one copy."""
     uses_nccl: bool = False
     meter: Meter = field(default_factory=Meter)
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def place(self) -> tuple[int, int] | None:
@@ -276,6 +298,11 @@ class Topology:
     @property
     def replica(self) -> int:
         return self.place[1] if self.place else 0
+
+    @property
+    def copies(self) -> list[int]:
+        """The ranks that hold this rank's block; itself for a dedicated coordinator."""
+        return [self.rank] if self.block is None else self.layout.replicas(self.block)
 
     @property
     def is_coordinator(self) -> bool:
@@ -313,6 +340,7 @@ class Topology:
         what: named in the error together with the rank, where only some ranks fail; None for what
         one rank does for all."""
         error: UserError | None = None
+        self.watch.at(what or "set-up")
         try:
             yield
         except UserError as caught:
@@ -321,6 +349,7 @@ class Topology:
             if error is not None:
                 raise error
             return
+        self.watch.at(f"{what or 'set-up'} (done)", waits=True)
         told: list[tuple[type[UserError], str] | None] = [None] * self.world_size
         dist.all_gather_object(told, None if error is None else (type(error), str(error)))
         failures = {rank: failure for rank, failure in enumerate(told) if failure is not None}
@@ -360,7 +389,24 @@ class Topology:
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)
         os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
 
+    def start_watch(
+        self, timeout_s: float, say: Callable[[str], None], blocks: Sequence[int] | None = None
+    ) -> None:
+        """Begins to look after the other ranks. say: shows a line, from any thread. blocks: what
+        the layout's blocks are called; None: by their number."""
+        names: list[str] = []
+        for rank in range(self.world_size):
+            place = self.layout.place_of(rank)
+            what = "coordinator"
+            if place is not None:
+                what = f"block {blocks[place[0]] if blocks else place[0]}"
+            if place is not None and self.layout.num_replicas > 1:
+                what += f", replica {place[1]}"
+            names.append(f"rank {rank} ({what})")
+        self.watch.start(self.rank, names, self.store, timeout_s, say)
+
     def close(self) -> None:
+        self.watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -382,13 +428,16 @@ def build_topology(
     wanted: Literal["auto", "cpu", "cuda"] = "auto",
     timeout_s: float = 600.0,
     store: dist.Store | None = None,
+    facts: Facts | None = None,
 ) -> Topology:
     """Joins the process group, learns every rank's node and makes every subgroup. Collective.
 
-    store: where the ranks meet; the launcher's when None. Raises TopologyError when the number of
-    processes does not fit the layout, before anything is joined.
+    store: where the ranks meet; the launcher's when None. facts: what all ranks must have alike.
+    Raises TopologyError when they have not, or when the number of processes does not fit the
+    layout.
     """
-    layout.check(launch.world_size)
+    if facts is None or launch.world_size == 1:
+        layout.check(launch.world_size)
     device = choose_device(wanted, launch.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -403,6 +452,9 @@ def build_topology(
         world_size=launch.world_size,
         timeout=timedelta(seconds=timeout_s),
     )
+    if facts is not None:
+        check_agreement(facts, launch.world_size)  # first: else ranks may go different ways
+        layout.check(launch.world_size)
     nodes = [launch.node] * launch.world_size
     dist.all_gather_object(nodes, launch.node)
     layout = replace(layout, nodes=tuple(nodes))

@@ -170,6 +170,7 @@ class Zero:
                 f"parallel.deepspeed_config: DeepSpeed refuses {key}: {first['msg']}"
             ) from None
         self.module: nn.Module = self._engine
+        self.is_whole = self._stage < 3
         self._zero: Any = self._engine.optimizer
         self._tools: Any = deepspeed.utils
 
@@ -196,9 +197,11 @@ class Zero:
 
     def grad_norm(self) -> Tensor:
         if self._stage < 3:
-            return torch.as_tensor(self._zero.scaled_global_norm())
-        norms = [torch.as_tensor(norm) for norm in self._zero._get_norm_groups()]
-        return torch.linalg.vector_norm(torch.stack(norms))
+            norms = torch.as_tensor(self._zero.scaled_global_norm()).reshape(1)
+        else:
+            norms = torch.stack([torch.as_tensor(n) for n in self._zero._get_norm_groups()])
+        # DeepSpeed's sign for one that is not finite is -1.
+        return torch.linalg.vector_norm(torch.where(norms < 0, math.nan, norms))
 
     def step(self, scale: Tensor) -> None:
         # DeepSpeed divides by max(1, (its own norm + 1e-6) / clip_grad): this makes it `scale`.
@@ -207,6 +210,18 @@ class Zero:
         if factor < 1 or math.isnan(factor):
             self._zero.clip_grad = (self.grad_norm().item() + 1e-6) * factor
         self._engine.step()
+
+    def skip(self) -> None:
+        # DeepSpeed drops a step, with all that belongs to it, whose norm is not finite.
+        name, infinite = "scaled_global_norm", torch.tensor(math.inf)
+        norm: Any = infinite
+        if self._stage == 3:
+            name, norm = "_get_norm_groups", [infinite]
+        setattr(self._zero, name, lambda: norm)
+        try:
+            self._engine.step()
+        finally:
+            delattr(self._zero, name)
 
     def part(self, parameter: nn.Parameter) -> Tensor:
         assert self._stage < 3, "stage 3 keeps no average"

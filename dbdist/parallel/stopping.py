@@ -1,0 +1,171 @@
+"""When all ranks stop, and the signals that ask for it.
+
+Whoever wants to stop asks through the store. Every rank then tells which step it has begun, begins
+no other before the answer, and rank 0 answers with the foremost: up to there all go on, so whoever
+is in the middle of a step finds its partners there. Where a rank is gone there is no answer, and
+each stops where it is.
+
+`Stopping` is shared by the main thread, which asks `may_begin` before each step, and the thread of
+`watch`, which talks with the store.
+"""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+
+import torch.distributed as dist
+
+AGREE_S = 5.0
+"""How long rank 0 waits for the others' steps. Launchers kill a rank 30 s after its SIGTERM."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""The last is what Slurm is told to send before a time limit."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why all ranks stop, and after which step."""
+
+    reason: str
+    is_fault: bool
+    """Something is wrong; else somebody asked."""
+    last_step: int | None = None
+    """Common to all ranks; None where they could not agree, because one is gone."""
+
+
+class Stopping:
+    """One rank's view of it."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        """Begun last, from 1."""
+        self._changed = threading.Condition()
+        self._stop: Stop | None = None
+        self._is_decided = False
+        self._rank, self._world_size = 0, 1
+        self._store: dist.Store | None = None
+        self._is_told = False
+        self._deadline = 0.0
+
+    def join(self, rank: int, world_size: int, store: dist.Store) -> None:
+        """Makes it a matter of all ranks."""
+        self._rank, self._world_size, self._store = rank, world_size, store
+
+    @property
+    def is_asked(self) -> bool:
+        return self._stop is not None
+
+    def may_begin(self, step: int) -> Stop | None:
+        """None, or why to stop before this step (from 0). Waits for the answer once a stop is asked
+        for."""
+        with self._changed:
+            while self._stop is not None and not self._is_decided:
+                self._changed.wait()
+            stop = self._stop
+            if stop is not None and (stop.last_step is None or step >= stop.last_step):
+                return stop
+            self.step = step + 1
+            return None
+
+    def ask(self, reason: str, is_fault: bool = False) -> None:
+        """Makes all ranks stop soon. The first reason counts."""
+        stop = Stop(reason, is_fault)
+        if self._store is not None:
+            with suppress(RuntimeError):  # the store is gone, which `watch` notices
+                told = self._store.compare_set("stop", "", json.dumps(asdict(stop)))
+                stop = Stop(**json.loads(told))
+        with self._changed:
+            self._stop = self._stop or stop
+            if self._store is None:
+                self._decide(self.step)
+
+    def give_up(self, reason: str) -> None:
+        """This rank stops before its next step, whatever the others do: something is wrong."""
+        with self._changed:
+            self._stop = Stop(reason, is_fault=True)
+            self._decide(None)
+
+    def attend(self) -> None:
+        """A round of the agreement; called again and again by the thread that talks with the store.
+        Raises RuntimeError when the store is gone."""
+        store = self._store
+        if store is None or self._is_decided:
+            return
+        if self._stop is None:
+            if not store.check(["stop"]):
+                return
+            with self._changed:
+                self._stop = Stop(**json.loads(store.get("stop")))
+        if not self._is_told:
+            with self._changed:  # after this the main thread begins no step by itself
+                begun = self.step
+            store.set(f"begun/{self._rank}", str(begun))
+            self._is_told, self._deadline = True, time.monotonic() + AGREE_S
+        if self._rank == 0 and not store.check(["last"]):
+            keys = [f"begun/{rank}" for rank in range(self._world_size)]
+            if store.check(keys):
+                store.set("last", str(max(map(int, store.multi_get(keys)))))
+            elif time.monotonic() > self._deadline:
+                store.set("last", "none")
+        if store.check(["last"]):
+            last = store.get("last").decode()
+            with self._changed:
+                self._decide(None if last == "none" else int(last))
+        elif time.monotonic() > self._deadline + 1:  # rank 0 is gone
+            with self._changed:
+                self._decide(None)
+
+    def _decide(self, last_step: int | None) -> None:
+        assert self._stop is not None
+        self._stop = replace(self._stop, last_step=last_step)
+        self._is_decided = True
+        self._changed.notify_all()
+
+
+class Signals:
+    """Hears `SIGNALS` from its first moment to `close`: the first asks all ranks to stop, the next
+    ends this process at once.
+
+    Python runs handlers between two steps of its main thread, which may wait in a collective for
+    long: so the number is read from the wakeup descriptor by a thread. Only the main thread may
+    make one.
+    """
+
+    def __init__(self, stopping: Stopping, name: str, say: Callable[[str], None]) -> None:
+        """name: of this rank. say: shows a line."""
+        self._stopping, self._name, self._say = stopping, name, say
+        self._heard = 0
+        self._here, self._there = socket.socketpair()
+        self._there.setblocking(False)
+        self._old_fd = signal.set_wakeup_fd(self._there.fileno())
+        self._old = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._thread = threading.Thread(target=self._listen, name="dbdist-signals", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self._old_fd)
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._there.close()  # ends the thread
+        self._thread.join()
+        self._here.close()
+
+    def _listen(self) -> None:
+        while numbers := self._here.recv(64):
+            for number in numbers:
+                if number in SIGNALS:
+                    self._hear(signal.Signals(number))
+
+    def _hear(self, number: signal.Signals) -> None:
+        self._heard += 1
+        if self._heard > 1:
+            self._say(f"{number.name} again: ends at once")
+            os._exit(128 + number)
+        if not self._stopping.is_asked:
+            self._say(f"{number.name}: finishes the step and saves; again ends at once")
+        self._stopping.ask(f"{number.name} on {self._name}")
