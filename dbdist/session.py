@@ -87,8 +87,6 @@ def hearing_signals(
     watch = topology.watch
     watch.grace_s = grace_s
     signals = Signals(watch.stopping, watch.names[topology.rank], say)
-    try:
-        yield
-    finally:
-        signals.close()
-        watch.grace_s = 0.0
+    yield  # after an error the process ends: until then no signal shall cut short what it says
+    signals.close()
+    watch.grace_s = 0.0

@@ -22,7 +22,8 @@ fi
 
 # c10d: the nodes need no numbers (their addresses order the ranks), and meet again after a restart. A port of 0 is any
 # free one, which only one node can know.
-exec torchrun \
+# A session of its own: Ctrl-C comes here alone.
+setsid torchrun \
   --nnodes="${NNODES:-1}" \
   --nproc-per-node="$NPROC_PER_NODE" \
   --rdzv-backend=c10d \
@@ -31,4 +32,22 @@ exec torchrun \
   --max-restarts="${MAX_RESTARTS:-0}" \
   ${LOCAL_ADDR:+--local-addr="$LOCAL_ADDR"} \
   ${NUMA_BINDING:+--numa-binding="$NUMA_BINDING"} \
-  -m "$@"
+  -m "$@" &
+agent=$!
+
+# A first signal goes to the ranks, which finish their step, save and exit with 0, and so does this script. (torchrun
+# itself passes signals on too, but kills what takes longer than 30 s, and ends with an error.) A second one ends all.
+stop() {
+  trap 'kill -TERM "$agent" 2>/dev/null || true' TERM INT USR1
+  read -ra ranks <<<"$(cat /proc/"$agent"/task/*/children 2>/dev/null | tr '\n' ' ')"
+  kill "-$1" "${ranks[@]:-$agent}" 2>/dev/null || true
+}
+trap 'stop TERM' TERM
+trap 'stop INT' INT
+trap 'stop USR1' USR1
+
+while :; do
+  code=0
+  wait "$agent" || code=$?
+  kill -0 "$agent" 2>/dev/null || exit "$code" # else the wait was cut short by a signal
+done
