@@ -70,10 +70,13 @@ class CheckpointWriter:
             if not (path / MANIFEST).is_file():
                 shutil.rmtree(path, ignore_errors=True)  # what stays does no harm
 
-    def save(self, step: int, files: Files, about: dict[str, Any]) -> None:
+    def save(
+        self, step: int, files: Files, about: dict[str, Any], refusal: str | None = None
+    ) -> None:
         """Takes a copy of this rank's files of a step, to be written from now on. Waits only if the
         part before is still being written: there is one copy, always in the same memory. about: the
-        rest of the manifest, used on the coordinator."""
+        rest of the manifest, used on the coordinator. refusal: why this rank's part must not be
+        written; the checkpoint is given up then."""
         rank = self._topology.rank
         assert rank in self._writers or not files, f"rank {rank} writes {list(files)}"
         if self._part is not None:
@@ -83,8 +86,12 @@ class CheckpointWriter:
         if self._topology.is_coordinator:
             self._about[step] = about
         if rank in self._writers:
-            self._take(files)
-            self._part = self._background.start(lambda: self._write_part(step))
+            if refusal is None:
+                self._take(files)
+                self._part = self._background.start(lambda: self._write_part(step))
+            else:
+                self._part = Future()
+                self._part.set_result({"step": step, "error": refusal})
 
     def poll(self) -> None:
         """Reports this rank's part once it is written; on the coordinator also completes every

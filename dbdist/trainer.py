@@ -326,6 +326,17 @@ class Trainer:
 
     # Between steps
 
+    def _save(self, step: int) -> None:
+        about = self._about(step) if self.topology.is_coordinator else {}
+        files = self.state.files()
+        self.writer.save(step, files, about, None if self._is_sound else "numbers are wrong")
+
+    def _stop_for_any_fault(self) -> None:
+        """At the end, where no rank asks any more whether to go on. Collective."""
+        stops = [stop for stop in self.topology.gather(self.topology.watch.stopping.asked) if stop]
+        if fault := next((s for s in stops if isinstance(s, Stop) and s.is_fault), None):
+            self._save_and_stop(fault)
+
     def _save_and_stop(self, stop: Stop) -> None:
         """Saves what may be saved. Raises Fault if something is wrong."""
         is_common = stop.last_step is not None and not stop.is_fault
@@ -352,11 +363,12 @@ class Trainer:
         is_log = is_eval or is_save or _is_due(step, config.train.log_every) or step == 1
         if _is_due(step, config.parallel.check_every) and not is_stop:
             self._compare_weights(step)
+        if is_last:
+            self._stop_for_any_fault()
         scalars = self._measure(step) if is_log else {}
         if is_save:
             self.topology.watch.at("saving")
-            about = self._about(step) if self.topology.is_coordinator else {}
-            self.writer.save(step, self.state.files(), about)
+            self._save(step)
         else:
             self.writer.poll()
         if is_eval:

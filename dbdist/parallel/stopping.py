@@ -57,8 +57,9 @@ class Stopping:
         self._rank, self._world_size, self._store = rank, world_size, store
 
     @property
-    def is_asked(self) -> bool:
-        return self._stop is not None
+    def asked(self) -> Stop | None:
+        """What this rank has asked for, or heard of."""
+        return self._stop
 
     def may_begin(self, step: int) -> Stop | None:
         """None, or why to stop before this step (from 0). Waits for the answer once a stop is asked
@@ -166,6 +167,6 @@ class Signals:
         if self._heard > 1:
             self._say(f"{number.name} again: ends at once")
             os._exit(128 + number)
-        if not self._stopping.is_asked:
+        if self._stopping.asked is None:
             self._say(f"{number.name}: finishes the step and saves; again ends at once")
         self._stopping.ask(f"{number.name} on {self._name}")

@@ -3,105 +3,27 @@ it, two nodes, a lost rank, a job that Slurm stops. GPUs, ssh and a real Slurm a
 
 import importlib.util
 import json
-import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
-import time
-import uuid
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
+from machine import BIN, ROOT, Machine, free_port, kill_rank, wait_for_checkpoint
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from dbdist.cli import parse_config
 
-ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
-BIN = Path(sys.executable).parent
 SMALL = "--config configs/digits.yaml --train.max_steps 80 --train.warmup_steps 5 "
 THREE = f"{SMALL} --train.log_every 20 --checkpoint.every_steps 20 --model.num_layers 3".split()
 # A block on each node, which exchanges nothing with the other between checkpoints: nodes learn of a
 # loss by torchrun alone, as they do where NCCL waits for a lost peer.
 FOUR = "--model.num_blocks 2 --model.num_layers 2 --parallel.replicas 2 --parallel.sync never"
 FOUR = [*THREE, *FOUR.split()]
-LAUNCHERS_OWN = re.compile(
-    r"(RANK|WORLD_SIZE|(LOCAL|GROUP|CROSS|ROLE|MASTER|TORCHELASTIC|SLURM|ACCELERATE)_.*|"
-    r"TORCH_DISTRIBUTED_DEBUG|CUDA_VISIBLE_DEVICES)"
-)
-
-
-class Machine:
-    """Starts launchers here, each with its output in a file, and leaves no process behind.
-
-    All that descend from them carry one mark in their environment: torchrun gives its ranks
-    sessions of their own, so that no process group has them all.
-    """
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.mark = uuid.uuid4().hex
-        self.logs = {}
-        self.environment = {k: v for k, v in os.environ.items() if not LAUNCHERS_OWN.fullmatch(k)}
-        self.environment |= {
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
-            "DBDIST_TEST": self.mark,
-        }
-
-    def start(self, *words, **variables):
-        log = self.folder / f"{len(self.logs)}.log"
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                list(map(str, words)),
-                cwd=ROOT,
-                env=self.environment | {k: str(v) for k, v in variables.items()},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-            )
-        self.logs[process.pid] = log
-        return process
-
-    def finish(self, *processes, timeout_s=240):
-        """What they printed, after all ended with exit code 0."""
-        deadline = time.monotonic() + timeout_s
-        for process in processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.1, deadline - time.monotonic()))
-        printed = [self.logs[process.pid].read_text() for process in processes]
-        assert [process.returncode for process in processes] == [0] * len(processes), printed
-        return "\n".join(printed)
-
-    def run(self, *words, **variables):
-        return self.finish(self.start(*words, **variables))
-
-    def processes(self):
-        """{pid: environment} of all that descend from what was started here."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            with suppress(OSError):  # it has just ended, or is another user's
-                variables = path.read_bytes().decode(errors="replace").split("\0")
-                if f"DBDIST_TEST={self.mark}" in variables:
-                    found[int(path.parent.name)] = dict(v.split("=", 1) for v in variables if v)
-        return found
-
-    def close(self, patience_s=10):
-        """Ends whatever is left; what that was after some seconds of waiting."""
-        deadline = time.monotonic() + patience_s
-        while (left := self.processes()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        while found := self.processes():
-            for pid in found:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.05)
-        return left
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +39,6 @@ def no_process_is_left(machine):
     assert not machine.close()
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def result_of(run_dir):
     """evaluation.json without what a clock says, and the hashes of the last checkpoint's files."""
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
@@ -135,15 +51,6 @@ def result_of(run_dir):
     }
     assert "block-0.safetensors" in hashes
     return evaluation, hashes
-
-
-def wait_for_checkpoint(machine, process, run_dir, timeout_s=240):
-    """Returns as soon as there is a complete checkpoint, while the run goes on."""
-    deadline = time.monotonic() + timeout_s
-    while not list(run_dir.glob("checkpoints/step-*/manifest.json")):
-        assert process.poll() is None, machine.logs[process.pid].read_text()
-        assert time.monotonic() < deadline, machine.logs[process.pid].read_text()
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -186,12 +93,6 @@ def test_a_run_that_loses_a_rank_goes_on_by_itself_to_the_same_weights(machine, 
     printed = machine.finish(agent)
     assert re.search(r"continuing from step (20|40|60)", printed), printed
     assert result_of(run_dir) == reference
-
-
-def kill_rank(machine, rank):
-    pids = [p for p, v in machine.processes().items() if v.get("RANK") == str(rank)]
-    assert pids, machine.processes()
-    os.kill(min(pids), signal.SIGKILL)
 
 
 def test_a_mistake_is_told_by_every_rank_where_rank_0_holds_the_store(machine):

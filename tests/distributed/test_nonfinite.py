@@ -1,0 +1,218 @@
+"""Losses and gradients that are not finite, on real ranks: all stop at the same step, or the block
+skips its step and nobody else is touched."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import config_of
+from test_engines import LINEAR, engine_options
+
+from dbdist import seeds
+from dbdist.data import BatchStream, load_dataset
+from dbdist.errors import Fault
+from dbdist.monitor import Monitor
+from dbdist.trainer import Trainer, layout_of
+
+THREE = ("model.num_blocks=3", "train.max_steps=8", "train.log_every=1")
+ONE = ("model.num_blocks=1", "model.num_layers=2", "train.max_steps=6", "train.eps=1e-3")
+
+
+@dataclass
+class Result:
+    fault: str | None
+    step: int
+    weights: dict
+    shared: dict
+    updates: float
+    """The optimizer's own count of its steps."""
+    warnings: list
+
+
+class SilentMonitor(Monitor):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.warnings = []
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+
+def train_rank(rank, options, bad, what="gradient"):
+    """Trains. bad: {step: (block, replica)} whose loss, or gradient alone, is not finite there."""
+    torch.set_default_dtype(torch.float32)
+    torch.nn.functional.linear = LINEAR
+    config = config_of(*options)
+    topology = rank.join(layout_of(config, rank.launch.world_size))
+    topology.start_watch(60.0, lambda line: None)
+    data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
+    trainer = Trainer(config, topology, *data)
+    owned = trainer.state.blocks[0]
+
+    def is_bad():
+        here = topology.block, topology.replica
+        return bad.get(trainer.trainees[0].steps_done) == here
+
+    backward, objective = owned.engine.backward, owned.objective.forward
+    if what == "gradient":
+        owned.engine.backward = lambda loss: backward(loss * math.inf if is_bad() else loss)
+    else:  # a constant, which has no gradient
+
+        def spoiled(*inputs):
+            loss = objective(*inputs)
+            return loss._replace(value=loss.value + (math.nan if is_bad() else 0))
+
+        owned.objective.forward = spoiled
+    monitor = None
+    if topology.is_coordinator:
+        reporters = set(range(topology.world_size))
+        monitor = SilentMonitor(Path(config.run_dir), None, 3, reporters, 0, 8)
+    fault = None
+    try:
+        trainer.fit(monitor)
+    except Fault as caught:
+        fault = str(caught)
+    if monitor is not None:
+        monitor.close()
+    state = owned.engine.optimizer_state()
+    result = Result(
+        fault,
+        trainer.step,
+        {k: v.tolist() for k, v in owned.engine.weights().items()},
+        {k: v.tolist() for k, v in trainer.state.shared_parameters.items()},
+        next(iter(state.values()))["step"].item() if state else 0.0,
+        monitor.warnings if monitor else [],
+    )
+    topology.close()
+    return result
+
+
+def lines_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("sync", ["step", "every", "never"])
+def test_all_ranks_stop_at_the_same_step_and_the_bad_one_is_kept(ranks, tmp_path, sync):
+    options = (*THREE, f"parallel.sync={sync}", "parallel.sync_every=2", f"run_dir={tmp_path}")
+    results = ranks.run(3, train_rank, options, {3: (1, 0)})
+    assert len({result.fault for result in results}) == 1
+    assert "rank 1, block 1, step 4: loss " in results[0].fault
+    assert "gradient norm nan" in results[0].fault
+    assert len({result.step for result in results}) == 1
+    assert 4 <= results[0].step <= 8
+    assert not (tmp_path / "checkpoints").exists(), "nothing after the bad step is saved"
+
+    (path,) = (tmp_path / "nonfinite").iterdir()
+    assert path.name == "step-00000004-block-1-rank-1.json"
+    assert str(path) in results[0].fault
+    report = json.loads(path.read_text())
+    config = config_of(*options)
+    stream = BatchStream(load_dataset(config.data, "train"), 8, config.seed, 1)
+    assert report["batch_indices"] == stream.indices_of_step(3)
+    generator = seeds.generator(config.seed, "sigma", 1, 3)
+    sigma = config.noise_schedule().sample_sigma(1, 8, generator)
+    assert report["sigma"] == pytest.approx(sigma.tolist())
+    assert len(report["cross_entropy"]) == 8
+    assert "nan" in report["grad_norms"].values()
+    assert any(name.startswith("shared.") for name in report["grad_norms"])
+
+
+def test_a_skipped_step_leaves_the_block_as_it_was_and_touches_no_other(ranks, tmp_path):
+    options = (*THREE, "parallel.sync=never", "train.nonfinite=skip")
+    plain = ranks.run(3, train_rank, (*options, f"run_dir={tmp_path / 'plain'}"), {})
+    bad = ranks.run(3, train_rank, (*options, f"run_dir={tmp_path / 'bad'}"), {3: (1, 0)})
+    for other in (0, 2):
+        assert bad[other].weights == plain[other].weights
+        assert bad[other].shared == plain[other].shared
+        assert bad[other].updates == 8
+    assert bad[1].updates == 7
+    assert bad[1].weights != plain[1].weights
+    before = ranks.run(3, train_rank, (*options, "train.max_steps=3"), {})[1]
+    after = ranks.run(3, train_rank, (*options, "train.max_steps=4"), {3: (1, 0)})[1]
+    assert after.weights == before.weights
+    assert after.shared == before.shared
+
+    skipped = [line["train/skipped/block1"] for line in lines_of(tmp_path / "bad")]
+    assert skipped == [0, 0, 0, 1, 0, 0, 0, 0]
+    assert "train/loss/block1" not in lines_of(tmp_path / "bad")[3]
+    (warning,) = bad[0].warnings
+    assert "rank 1, block 1, step 4: " in warning
+    assert "the step is skipped, see " in warning
+
+
+def test_with_common_shared_modules_a_skipped_blocks_gradient_counts_as_zeros(ranks, tmp_path):
+    """Against the coordinator's own step on the mean of the other blocks' gradients."""
+    options = (*THREE, "train.nonfinite=skip", f"run_dir={tmp_path}", "train.max_steps=1")
+    for coordinator in ("colocated", "sharded"):
+        more = (*options, f"parallel.coordinator={coordinator}")
+        results = ranks.run(3, train_rank, more, {0: (1, 0)})
+        assert results[0].shared == results[1].shared == results[2].shared
+        assert results[1].updates == 0
+        for values in results[0].shared.values():
+            assert torch.tensor(values).isfinite().all()
+        # AdamW's first step has the sign of the gradient: the two others' sum.
+        expected = ranks.run(1, sign_of_the_others, more)[0]
+        start = ranks.run(1, initial, more)[0]
+        for name, sign in expected.items():
+            moved = torch.tensor(results[0].shared[name]) - torch.tensor(start[name]) * (1 - 1e-4)
+            clear = torch.tensor(sign).abs() > 1e-6
+            assert torch.equal(moved[clear].sign(), -torch.tensor(sign)[clear].sign()), name
+
+
+def initial(rank, options):
+    trainer = alone(options, [0])
+    return {k: v.tolist() for k, v in trainer.state.shared_parameters.items()}
+
+
+def alone(options, blocks):
+    from dbdist.parallel.topology import Layout, Topology
+
+    config = config_of(*options, "parallel.sync=never", "parallel.coordinator=colocated")
+    data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
+    return Trainer(config, Topology(Layout(1)), *data, blocks=blocks)
+
+
+def sign_of_the_others(rank, options):
+    """The sum of the clipped gradients of blocks 0 and 2."""
+    torch.set_default_dtype(torch.float32)
+    total = {}
+    for block in (0, 2):
+        trainer = alone(options, [block])
+        trainer.state.set_training(True)
+        trainer.state.sync.finish = lambda *_, **__: None
+        trainer.train_step(0)
+        for name, parameter in trainer.state.shared_parameters.items():
+            total[name] = total.get(name, 0) + parameter.grad
+    return {name: value.tolist() for name, value in total.items()}
+
+
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+def test_every_engine_skips_on_all_replicas_what_is_bad_on_one(ranks, tmp_path, engine, what):
+    options = (*ONE, "train.nonfinite=skip", f"run_dir={tmp_path / 'run'}")
+    control = ranks.run(1, train_rank, options, {2: (0, 0)}, what)[0]
+    assert control.updates == 5
+    more = (*options, "parallel.replicas=2", *engine_options(tmp_path, engine))
+    first, second = ranks.run(2, train_rank, more, {2: (0, 1)}, what)
+    assert first.fault is second.fault is None
+    assert first.weights == second.weights
+    assert first.updates == 5
+    for name, values in first.weights.items():
+        torch.testing.assert_close(
+            torch.tensor(values), torch.tensor(control.weights[name]), rtol=0, atol=1e-6
+        )
+    assert len(list((tmp_path / "run/nonfinite").iterdir())) == 2, "of both copies"
+
+
+def test_more_than_max_skipped_in_a_row_stop_the_run(ranks, tmp_path):
+    options = (*THREE, "train.nonfinite=skip", "train.max_skipped=2", f"run_dir={tmp_path}")
+    here = (1, 0)
+    results = ranks.run(3, train_rank, options, dict.fromkeys((1, 2, 4, 5), here))
+    assert [result.fault for result in results] == [None] * 3
+    results = ranks.run(3, train_rank, options, dict.fromkeys((1, 2, 3), here))
+    assert len({result.fault for result in results}) == 1
+    assert "step 4" in results[0].fault
+    assert "in 3 steps in a row (train.max_skipped)" in results[0].fault
