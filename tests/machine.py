@@ -1,4 +1,4 @@
-"""Launchers and their ranks as processes of this machine, for tests that kill, stop and signal them."""
+"""Launchers and their ranks as processes of this machine, for tests that kill and signal them."""
 
 import os
 import re
@@ -102,7 +102,42 @@ def wait_for_checkpoint(machine, process, run_dir, timeout_s=240):
         time.sleep(0.01)
 
 
-def kill_rank(machine, rank):
-    pids = [p for p, v in machine.processes().items() if v.get("RANK") == str(rank)]
+def pid_of(machine, rank, **variables):
+    """Of the process that is this rank, among those with these variables."""
+    wanted = {"RANK": str(rank)} | {k: str(v) for k, v in variables.items()}
+    pids = [p for p, v in machine.processes().items() if wanted.items() <= v.items()]
     assert pids, machine.processes()
-    os.kill(min(pids), signal.SIGKILL)
+    return min(pids)
+
+
+def kill_rank(machine, rank):
+    os.kill(pid_of(machine, rank), signal.SIGKILL)
+
+
+def ports_of(pids=None):
+    """The TCP ports on which these processes, or any, listen."""
+    sockets = set()
+    for pid in pids or ():
+        with suppress(OSError):
+            sockets |= {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
+    ports = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and (pids is None or f"socket:[{words[9]}]" in sockets):
+                ports.add(int(words[1].rpartition(":")[2], 16))
+    return ports
+
+
+def start_ranks(machine, world_size, *words, **variables):
+    """Ranks without a launcher that would end them, as on several nodes: rank 0 holds the store."""
+    port = free_port()
+    return [
+        machine.start(
+            *(sys.executable, "-m", *words),
+            **{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size},
+            **{"LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            **variables,
+        )
+        for rank in range(world_size)
+    ]

@@ -352,6 +352,7 @@ class Topology:
         self.watch.at(f"{what or 'set-up'} (done)", waits=True)
         told: list[tuple[type[UserError], str] | None] = [None] * self.world_size
         dist.all_gather_object(told, None if error is None else (type(error), str(error)))
+        self.watch.at("set-up")
         failures = {rank: failure for rank, failure in enumerate(told) if failure is not None}
         if failures:
             rank, (kind, message) = next(iter(failures.items()))

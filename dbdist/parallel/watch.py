@@ -93,7 +93,7 @@ class Watch:
             return
         self.at(end, waits=True)
         self._is_closing.set()
-        self._thread.join()
+        self._thread.join(4 * self._beat_s)
         with suppress(RuntimeError):
             self._tell()
 
@@ -194,5 +194,7 @@ class Watch:
         self._say(f"error: {verdict}; this is {self.here()}")
         self.stopping.give_up(verdict)
         # The others have to read it before the launcher, or the store's owner, ends them.
-        time.sleep(max(self.grace_s, 3 * self._beat_s))
+        time.sleep(3 * self._beat_s)
+        self._is_closing.wait(self.grace_s)
+        time.sleep(self.grace_s / 4)  # the main thread leaves by itself
         os._exit(1)
