@@ -145,6 +145,7 @@ def evaluate(
 
     model_of_block: called with this rank's block; in one process with every block in turn.
     """
+    topology.watch.at("evaluation", waits=True)
     topology.barrier()
     start = time.perf_counter()
     scores = torch.zeros(config.num_blocks, 2, dtype=torch.float64)

@@ -371,8 +371,6 @@ class Trainer:
             self._save(step)
         else:
             self.writer.poll()
-        if is_eval:
-            self.topology.watch.at("evaluation", waits=True)
         evaluation = self.evaluate(step) if is_eval else None
         if evaluation is not None and self.topology.is_coordinator:
             scalars |= evaluation.scalars()

@@ -20,6 +20,8 @@ from dbdist.parallel.stopping import Stopping
 
 BEAT_S = 0.5
 """Between two signs of life."""
+LEAVE_S = 5.0
+"""How long rank 0 stays for the others to finish."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,13 @@ class Watch:
         self._thread.join(4 * self._beat_s)
         with suppress(RuntimeError):
             self._tell()
+            # Rank 0 may hold the store, which the others want until they have finished too.
+            deadline = time.monotonic() + LEAVE_S
+            while end == "finished" and self._rank == 0 and time.monotonic() < deadline:
+                places = self._places(range(len(self.names)))
+                if all(p.phase.startswith(("finished", "ended")) for p in places.values()):
+                    break
+                time.sleep(0.02)
 
     def missing(self) -> str:
         """After an error of a connection: the ranks that ended or give no more signs of life, and
