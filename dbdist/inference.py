@@ -192,16 +192,20 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None
 def check_weights(
     own: Mapping[str, torch.Size], weights: Mapping[str, Tensor], source: Path
 ) -> None:
-    """Raises CheckpointError where names or shapes differ from a module's own."""
+    """Raises CheckpointError where names or shapes differ from a module's own, or a tensor does not
+    hold floating-point numbers."""
     for problem, names in (
         ("lacks", own.keys() - weights.keys()),
         ("has a foreign", weights.keys() - own.keys()),
     ):
         if names:
-            raise CheckpointError(
-                f"{source} {problem} tensor {min(names)}: it belongs to another model"
-            )
+            name = " ".join(min(names)[:100].split())
+            raise CheckpointError(f"{source} {problem} tensor {name}: it belongs to another model")
     for name, shape in own.items():
+        if not weights[name].is_floating_point():
+            raise CheckpointError(
+                f"{source}: {name} is {weights[name].dtype}; weights are floating-point numbers"
+            )
         if shape != weights[name].shape:
             raise CheckpointError(
                 f"{source}: {name} has shape {list(weights[name].shape)}, the model needs "

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from dbdist.checkpoint import complete_folders
 from dbdist.histogram import SigmaHistogram
 from dbdist.noise import NoiseSchedule
 
@@ -141,8 +142,8 @@ class Monitor(AbstractContextManager["Monitor"]):
         table.add_row("time", _clock(elapsed_s))
         table.add_row("peak memory of rank", "  ".join(peaks) or "-")
         self._console.print(table, highlight=False)
-        manifests = sorted(self._run_dir.glob("checkpoints/step-*/manifest.json"))
-        newest = [f"checkpoints/{manifest.parent.name}" for manifest in manifests[-1:]]
+        complete = complete_folders(self._run_dir / "checkpoints")
+        newest = [f"checkpoints/{path.name}" for path in complete[-1:]]
         for name in ("", "metrics.jsonl", "tensorboard", *newest, "evaluation.json"):
             if (path := self._run_dir / name).exists():
                 self.message(f"  {path}")
