@@ -41,11 +41,11 @@ def read_config(run_dir: Path) -> Config | None:
     """The configuration in RUN/config.yaml; None without one. Raises ConfigError for a damaged
     one."""
     path = run_dir / "config.yaml"
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         return parse_config("dbdist", "", [], first=["--config", str(path)])
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
