@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import yaml
 from jsonargparse import (
@@ -140,6 +140,9 @@ def parse_config(
         for section, _ in _sections(Config):
             if not isinstance(parsed.get(section), Namespace):
                 raise ConfigError(f"{section} is {parsed.get(section)!r}; it must hold its keys")
+        for key, kind in _keys(Config):
+            if parsed.get(key) is None and type(None) not in get_args(kind):
+                raise ConfigError(f"{key} is null, which is no value for it; leave it out")
         values = parser.instantiate(parsed)
     except ArgumentError as error:
         raise ConfigError(" ".join(explain(str(error)).split())) from None
@@ -201,13 +204,13 @@ def _check_local_rank(given: int | None) -> None:
 def explain(error: str) -> str:
     """jsonargparse's message as one sentence, with the nearest known key for an unknown one."""
     if found := re.search(r"unrecognized arguments: --([\w.-]+)", error):
-        return _unknown("option", found[1], [*_keys(Config), "config", "local_rank"], "--")
+        return _unknown("option", found[1], [*dict(_keys(Config)), "config", "local_rank"], "--")
     if found := re.search(r"Option '([\w.-]+)' is not accepted", error):
-        return _unknown("key", found[1], list(_keys(Config)))
+        return _unknown("key", found[1], list(dict(_keys(Config))))
     if found := re.search(
         r"Group '([\w.-]+)' does not accept (?:option|nested key|key) '([\w.-]+)'", error
     ):
-        return _unknown("key", f"{found[1]}.{found[2]}", list(_keys(Config)))
+        return _unknown("key", f"{found[1]}.{found[2]}", list(dict(_keys(Config))))
     if found := re.search(r'Parser key "([\w.-]+)":\s*(.*)', error, re.DOTALL):
         return f"{found[1]}: {_expectation(' '.join(found[2].split()))}"
     return error
@@ -257,12 +260,12 @@ def _sections(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _sections(field.type, f"{prefix}{field.name}.")
 
 
-def _keys(kind: Any) -> Iterator[str]:
-    """Every dotted key of the configuration."""
+def _keys(kind: Any) -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of every option."""
     for prefix, section in (("", kind), *((f"{name}.", s) for name, s in _sections(kind))):
         for field in dataclasses.fields(section):
             if not dataclasses.is_dataclass(field.type):
-                yield f"{prefix}{field.name}"
+                yield f"{prefix}{field.name}", field.type
 
 
 def _with_values(argv: list[str]) -> list[str]:
