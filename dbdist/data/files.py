@@ -205,10 +205,11 @@ def unpack(archive: Path, folder: Path) -> None:
             with content() as read, target.open("xb") as written:
                 shutil.copyfileobj(read, written)
     except (
-        *(EOFError, NotImplementedError, RuntimeError, ValueError),  # zip: unknown or encrypted
-        *(struct.error, tarfile.TarError, zipfile.BadZipFile, zlib.error),
+        *(EOFError, OSError, struct.error, tarfile.TarError, zipfile.BadZipFile, zlib.error),
+        *(NotImplementedError, RuntimeError, ValueError),  # zip: unknown, encrypted
     ) as error:
-        raise DataError(f"{archive} cannot be unpacked: {error}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{archive} cannot be unpacked: {reason}") from error
 
 
 def _members(archive: Path) -> Iterator[tuple[str, Callable[[], Any] | None]]:
