@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ import dbdist
 from dbdist import build
 from dbdist.checkpoint import find_checkpoint
 from dbdist.checkpoint_writer import CheckpointWriter
+from dbdist.compat import load_published_vit
 from dbdist.data import dataset_spec
-from dbdist.errors import CheckpointError
+from dbdist.errors import CheckpointError, ConfigError
 from dbdist.export import export
 from dbdist.fallback import choose
 from dbdist.parallel.topology import Layout, Topology
@@ -26,6 +28,7 @@ from dbdist.restore import load_block
 from dbdist.run_dir import claim
 
 pytestmark = pytest.mark.timeout(120)
+PUBLISHED = Path(__file__).parent / "golden/a/weights.safetensors"
 ALONE, BLOCKS = Topology(Layout(1)), [0, 1, 2]
 
 
@@ -250,3 +253,17 @@ def test_changed_weights_of_a_model_are_used_or_refused(exported, data):
         assert_one_sentence(error)
     finally:
         path.write_bytes(original)
+
+
+# -- published weights -----------------------------------------------------------------------------
+
+
+@few
+@given(data=st.data())
+def test_changed_published_weights_are_used_or_refused(tmp_path, data):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(data.draw(changed_safetensors(PUBLISHED.read_bytes())))
+    try:
+        load_published_vit(path)
+    except (CheckpointError, ConfigError) as error:
+        assert_one_sentence(error)
