@@ -280,7 +280,7 @@ def _read(
 
 
 def _clean(
-    state: Mapping[str, Any], found: Mapping[str, Any]
+    state: Mapping[Any, Any], found: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {
         k.removeprefix("model."): v

@@ -187,7 +187,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is missing") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({error}); restore it from a copy or use another checkpoint"
+            f"{path} is damaged ({' '.join(str(error).split())[:300]}); restore it from a copy or "
+            "use another checkpoint"
         ) from None
 
 

@@ -22,6 +22,7 @@ from dbdist.data import dataset_spec
 from dbdist.errors import CheckpointError, ConfigError
 from dbdist.export import export
 from dbdist.fallback import choose
+from dbdist.inference import load_weights
 from dbdist.parallel.topology import Layout, Topology
 from dbdist.rank_state import RankState, describe_model, files_to_restore
 from dbdist.restore import load_block
@@ -188,6 +189,15 @@ def test_changed_weights_are_restored_or_refused_before_anything_changes(run, he
     finally:
         (path / file).write_bytes(original)
         (path / "manifest.json").write_bytes(manifest)
+
+
+def test_a_header_whose_error_has_several_lines_is_refused_in_one(tmp_path):
+    path = tmp_path / "x.safetensors"
+    header = json.dumps({"x": {"dtype": "a\nb", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(path)
+    assert_one_sentence(caught.value, path)
 
 
 # -- exported models -------------------------------------------------------------------------------
