@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
 PREFIX = "shared."
 """In a block's file, before the names of shared modules that this block keeps for itself."""
-FOLDER = re.compile(r"step-(\d{8,})")
+FOLDER = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)
+FILE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+"""What a manifest may name: a file in the same folder."""
 Files = Mapping[str, Mapping[str, Tensor]]
 """File name -> parameter name -> tensor."""
 
@@ -55,6 +57,8 @@ class Checkpoint:
 
     path: Path
     manifest: dict[str, Any]
+    _verified: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False)
+    """Length and time of change of the files whose SHA-256 was right: none is hashed twice."""
 
     @property
     def step(self) -> int:
@@ -65,35 +69,45 @@ class Checkpoint:
 
     def tensors(self, file: str) -> dict[str, Tensor]:
         """A file's tensors, after its size and SHA-256. Raises CheckpointError naming the file."""
+        self.check(file)
+        return load_weights(self.path / file)
+
+    def check(self, file: str) -> None:
+        """Raises CheckpointError, naming the file, unless its size and SHA-256 are the manifest's.
+        A file that holds what another should is told as such."""
         path = self.path / file
         if not self.has(file):
             raise CheckpointError(
                 f"{path} is not part of this checkpoint ({MANIFEST} does not list it)"
             )
-        stated = self.manifest["files"][file]
+        stated, size = self.manifest["files"][file], self._size(file)
         try:
-            size = path.stat().st_size
-            intact = size == stated["bytes"] and _sha256(path) == stated["sha256"]
+            now = size, path.stat().st_mtime_ns
+            if self._verified.get(file) == now:
+                return
+            digest = _sha256(path)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
-        if not intact:
-            raise CheckpointError(
-                f"{path} is damaged: {size} bytes, {stated['bytes']} were written, or another "
-                "content; remove this checkpoint's folder to fall back on an older one"
-            )
-        return load_weights(path)
+        if size == stated["bytes"] and digest == stated["sha256"]:
+            self._verified[file] = now
+            return
+        for other, entry in self.manifest["files"].items():
+            if digest == entry["sha256"]:
+                raise CheckpointError(f"{path} is damaged: it holds the content of {other}")
+        if size != stated["bytes"]:
+            raise self._wrong_size(file, size)
+        raise CheckpointError(
+            f"{path} is damaged: its SHA-256 is not the one that {MANIFEST} states"
+        )
 
     def check_sizes(self) -> None:
-        """Raises CheckpointError, naming the file, if one is missing or not as long as written."""
+        """Raises CheckpointError, naming the file, if one is missing, or not as long as written
+        (and is not simply another file of this checkpoint)."""
         for file, stated in self.manifest["files"].items():
-            path = self.path / file
-            size = path.stat().st_size if path.is_file() else None
-            if size != stated["bytes"]:
-                found = "is missing" if size is None else f"is damaged: {size} bytes"
-                raise CheckpointError(
-                    f"{path} {found}, {stated['bytes']} were written; "
-                    "remove this checkpoint's folder to fall back on an older one"
-                )
+            if (size := self._size(file)) != stated["bytes"]:
+                if size in {entry["bytes"] for entry in self.manifest["files"].values()}:
+                    self.check(file)
+                raise self._wrong_size(file, size)
 
     def check_fits(self, description: Mapping[str, Any]) -> None:
         """Raises CheckpointError, naming the first difference, unless it is of this model and
@@ -101,9 +115,21 @@ class Checkpoint:
         if difference := next(differences(self.manifest["model"], description), None):
             key, stored, value = difference
             raise CheckpointError(
-                f"{self.path} holds a model with {key} {stored}, the configuration says {value}; "
-                "use its own configuration or another run_dir"
+                f"{self.path} holds a model with {key} {_shown(stored)}, the configuration says "
+                f"{value}; use its own configuration or another run_dir"
             )
+
+    def _size(self, file: str) -> int:
+        path = self.path / file
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        return path.stat().st_size
+
+    def _wrong_size(self, file: str, size: int) -> CheckpointError:
+        written = self.manifest["files"][file]["bytes"]
+        return CheckpointError(
+            f"{self.path / file} is damaged: {size} bytes, {written} were written"
+        )
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -116,38 +142,58 @@ def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, A
 
 
 def find_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint | None:
-    """The complete checkpoint of this step, or the newest; None where there is none."""
+    """The complete checkpoint of this step, or the newest; None where there is none. Raises
+    CheckpointError if its manifest is damaged."""
     folder = run_dir / "checkpoints"
-    found = {int(m[1]): p for p in step_folders(folder) if (m := FOLDER.fullmatch(p.name))}
-    complete = [s for s, path in found.items() if (path / MANIFEST).is_file()]
+    complete = {step_of(path): path for path in complete_folders(folder)}
     if step is not None and step not in complete:
         raise CheckpointError(
             f"{folder} has no checkpoint of step {step}; it has {sorted(complete) or 'none'}"
         )
     if not complete:
         return None
-    path = found[step if step is not None else max(complete)]
+    path = complete[step if step is not None else max(complete)]
+    return Checkpoint(path, read_manifest(path))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What the manifest in this step's folder says. Raises CheckpointError for one that is damaged,
+    of another format, version or step, or names files outside the folder."""
+    file = path / MANIFEST
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        readable = manifest["format"] == FORMAT and manifest["version"] == VERSION
-        readable = (
-            readable
-            and manifest["step"] == (step if step is not None else max(complete))
-            and isinstance(manifest["model"], dict)
-        )
-        for entry in manifest["files"].values():
-            readable = (
-                readable and isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)
-            )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        readable = False
-        manifest = {}
-    if not readable:
+        manifest = json.loads(file.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{file} is damaged: it is no JSON") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is damaged or foreign: its format is not {FORMAT}")
+    if manifest.get("version") != VERSION:
         raise CheckpointError(
-            f"{path / MANIFEST} is damaged, of another step or not {FORMAT} version {VERSION}; "
-            "remove this folder to fall back on an older checkpoint"
+            f"{file} is of version {_shown(manifest.get('version'))}; this dbdist reads version "
+            f"{VERSION}"
         )
-    return Checkpoint(path, manifest)
+    if type(step := manifest.get("step")) is not int or step != step_of(path):
+        raise CheckpointError(f"{file} is damaged: it states step {_shown(step)}")
+    files = manifest.get("files")
+    if not isinstance(manifest.get("model"), dict) or not isinstance(files, dict):
+        raise CheckpointError(f"{file} is damaged: model or files is missing")
+    for name, entry in files.items():
+        if not FILE.fullmatch(name):
+            raise CheckpointError(f"{file} is damaged: {_shown(name)} is no name of a file")
+        sound = isinstance(entry, dict) and type(entry.get("bytes")) is int
+        if not sound or not isinstance(entry.get("sha256"), str):
+            raise CheckpointError(f"{file} is damaged: {name} has no size and SHA-256")
+    return manifest
+
+
+def _shown(value: object) -> str:
+    """A value from a file that may be damaged, in one line that is not too long."""
+    try:
+        text = " ".join(str(value).split())
+    except (RecursionError, ValueError):  # nested too deeply; a number of too many digits
+        return "unreadable"
+    return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 def _sha256(path: Path) -> str:
@@ -155,15 +201,23 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(path.name.removeprefix("step-"))
+
+
 def step_folders(folder: Path) -> list[Path]:
-    """Folders named like checkpoints, complete or not."""
+    """Folders named like checkpoints, complete or not. Raises CheckpointError if they cannot be
+    listed."""
     try:
         return [p for p in folder.iterdir() if p.is_dir() and FOLDER.fullmatch(p.name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read ({error.strerror})") from None
 
 
 def complete_folders(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     complete = [path for path in step_folders(folder) if (path / MANIFEST).is_file()]
-    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(complete, key=step_of)

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import yaml
 from jsonargparse import (
@@ -19,6 +19,8 @@ from jsonargparse import (
     ArgumentError,
     ArgumentParser,
     Namespace,
+    get_loader,
+    set_loader,
     set_parsing_settings,
 )
 
@@ -28,6 +30,11 @@ from dbdist.errors import ConfigError, Fault, UserError
 if TYPE_CHECKING:
     from dbdist.parallel.topology import Launch
 
+MAX_YAML_CHARACTERS = 2**16
+MAX_YAML_DEPTH = 16
+MAX_YAML_NODES = 10_000
+_YAML = "dbdist"
+"""jsonargparse's name for `_load_yaml`."""
 COMMANDS = {
     "train": "train the blocks of a model, one per rank (torchrun), or a whole model in one "
     "process",
@@ -115,8 +122,13 @@ def parse_config(
     exits.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader(_YAML, _load_yaml, (yaml.YAMLError,))
     parser = ArgumentParser(
-        prog=prog, description=description, exit_on_error=False, allow_abbrev=False
+        prog=prog,
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        parser_mode=_YAML,
     )
     parser.add_argument(
         "--config", action=ActionConfigFile, help="YAML file; later options override it."
@@ -134,12 +146,55 @@ def parse_config(
         for section, _ in _sections(Config):
             if not isinstance(parsed.get(section), Namespace):
                 raise ConfigError(f"{section} is {parsed.get(section)!r}; it must hold its keys")
+        for key, kind in _keys(Config):
+            if parsed.get(key) is None and type(None) not in get_args(kind):
+                raise ConfigError(f"{key} is null, which is no value for it; leave it out")
         values = parser.instantiate(parsed)
     except ArgumentError as error:
-        raise ConfigError(explain(str(error))) from None
+        raise ConfigError(" ".join(explain(str(error)).split())) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"the configuration is not a text file ({error})") from None
+    except (OverflowError, ValueError) as error:  # numbers beyond floats, and of 4,300 digits
+        raise ConfigError(f"a number of the configuration cannot be used ({error})") from None
     return Config(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Config)})
+
+
+def _load_yaml(text: str) -> Any:
+    """What a text says. Raises YAMLError for one that is larger or more nested than a configuration
+    can be, also once its aliases are expanded, and for Python objects."""
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise yaml.YAMLError(f"it has {len(text)} characters, {MAX_YAML_CHARACTERS} at most")
+    sizes: list[int] = [0]  # nodes of the collections that are open here
+    names: list[str | None] = []
+    anchored: dict[str, int] = {}
+    for event in yaml.parse(
+        text, Loader=yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+    ):
+        if isinstance(event, yaml.CollectionStartEvent):
+            sizes.append(1)
+            names.append(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            size, name = sizes.pop(), names.pop()
+            sizes[-1] += size
+            if name is not None:
+                anchored[name] = size
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor in names:
+                raise yaml.YAMLError(f"alias {event.anchor} contains itself")
+            sizes[-1] += anchored.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            sizes[-1] += 1
+        if len(names) > MAX_YAML_DEPTH or sizes[-1] > MAX_YAML_NODES:
+            raise yaml.YAMLError(
+                f"it is nested deeper than {MAX_YAML_DEPTH}, or has more than {MAX_YAML_NODES} "
+                "values"
+            )
+    try:
+        return get_loader("yaml")(text)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # a number, a date or a key that Python has none of
+        raise yaml.YAMLError(f"{error}") from None
 
 
 def _check_local_rank(given: int | None) -> None:
@@ -155,13 +210,13 @@ def _check_local_rank(given: int | None) -> None:
 def explain(error: str) -> str:
     """jsonargparse's message as one sentence, with the nearest known key for an unknown one."""
     if found := re.search(r"unrecognized arguments: --([\w.-]+)", error):
-        return _unknown("option", found[1], [*_keys(Config), "config", "local_rank"], "--")
+        return _unknown("option", found[1], [*dict(_keys(Config)), "config", "local_rank"], "--")
     if found := re.search(r"Option '([\w.-]+)' is not accepted", error):
-        return _unknown("key", found[1], list(_keys(Config)))
+        return _unknown("key", found[1], list(dict(_keys(Config))))
     if found := re.search(
         r"Group '([\w.-]+)' does not accept (?:option|nested key|key) '([\w.-]+)'", error
     ):
-        return _unknown("key", f"{found[1]}.{found[2]}", list(_keys(Config)))
+        return _unknown("key", f"{found[1]}.{found[2]}", list(dict(_keys(Config))))
     if found := re.search(r'Parser key "([\w.-]+)":\s*(.*)', error, re.DOTALL):
         return f"{found[1]}: {_expectation(' '.join(found[2].split()))}"
     return error
@@ -211,12 +266,12 @@ def _sections(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _sections(field.type, f"{prefix}{field.name}.")
 
 
-def _keys(kind: Any) -> Iterator[str]:
-    """Every dotted key of the configuration."""
+def _keys(kind: Any) -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of every option."""
     for prefix, section in (("", kind), *((f"{name}.", s) for name, s in _sections(kind))):
         for field in dataclasses.fields(section):
             if not dataclasses.is_dataclass(field.type):
-                yield f"{prefix}{field.name}"
+                yield f"{prefix}{field.name}", field.type
 
 
 def _with_values(argv: list[str]) -> list[str]:

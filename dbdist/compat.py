@@ -182,8 +182,13 @@ def load_published_vit(
     """
     source, state, stored = _read(path_or_state_dict)
     sizes = _sizes(source, state, {**stored, **_mapping(config)})
-    weights = _rename(source, state, sizes)
-    model = PublishedViT(sizes, next(iter(weights.values())).dtype)
+    try:
+        weights = _rename(source, state, sizes)
+        dtype = next(iter(weights.values())).dtype
+        model = PublishedViT(sizes, dtype)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{source} is not a published ViT ({reason})") from None
     fill(model, weights, source)
     return model
 
@@ -265,17 +270,29 @@ def _read(
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds {type(content).__name__}, not a state dict")
     state = content.get("state_dict", content)
-    return path, *_clean(state, _flat_sizes(content.get("hyper_parameters")))
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path}: state_dict is {type(state).__name__}, not a state dict")
+    try:
+        sizes = _flat_sizes(content.get("hyper_parameters"))
+    except RecursionError:
+        raise CheckpointError(f"{path}: hyper_parameters contain themselves") from None
+    return path, *_clean(state, sizes)
 
 
 def _clean(
-    state: Mapping[str, Any], found: Mapping[str, Any]
+    state: Mapping[Any, Any], found: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {k.removeprefix("model."): v for k, v in state.items() if isinstance(v, Tensor)}
-    tensors.pop("sigmas", None)  # the sampler's grid, a buffer of the Lightning module
-    return tensors, {
-        k: int(v) for k, v in found.items() if k in PublishedConfig.__dataclass_fields__
+    tensors = {
+        k.removeprefix("model."): v
+        for k, v in state.items()
+        if isinstance(k, str) and isinstance(v, Tensor)
     }
+    tensors.pop("sigmas", None)  # the sampler's grid, a buffer of the Lightning module
+    known = {k: v for k, v in found.items() if k in PublishedConfig.__dataclass_fields__}
+    try:
+        return tensors, {k: int(v) for k, v in known.items()}
+    except ValueError as error:
+        raise CheckpointError(f"a size beside the weights is no number ({error})") from None
 
 
 def _flat_sizes(hyper_parameters: Any) -> dict[str, Any]:
@@ -310,16 +327,23 @@ def _sizes(source: Path, state: Mapping[str, Tensor], given: dict[str, Any]) -> 
         num_patches = state["vit.embeddings.position_embeddings"].shape[-2] - 1
         layers = {int(m[1]) for k in state if (m := LAYER_KEY.fullmatch(k))}
         intermediate = state["vit.encoder.layer.0.intermediate.dense.weight"].shape[0]
-    except (KeyError, ValueError) as error:
+        channels, side = patch.shape[1], patch.shape[-1]
+    except KeyError as error:
         raise CheckpointError(f"{source} is not a published ViT: {error} is missing") from None
+    except (IndexError, ValueError) as error:
+        raise CheckpointError(f"{source} is not a published ViT: {error}") from None
+    if layers != set(range(len(layers))):
+        raise CheckpointError(
+            f"{source} is not a published ViT: a layer is missing before the last"
+        )
     shapes = {
-        "image_size": round(num_patches**0.5) * patch.shape[-1],
-        "patch_size": patch.shape[-1],
+        "image_size": round(max(num_patches, 0) ** 0.5) * side,
+        "patch_size": side,
         "hidden_size": hidden,
         "num_layers": max(layers) + 1,
         "intermediate_size": intermediate,
         "num_labels": classes,
-        "num_channels": patch.shape[1],
+        "num_channels": channels,
     }
     for key, value in shapes.items():
         if given.setdefault(key, value) != value:

@@ -2,8 +2,11 @@
 that need no data and no processes."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import accumulate
+from typing import Any, Literal
 
 from dbdist.errors import ConfigError
 from dbdist.noise import NoiseSchedule
@@ -67,7 +70,7 @@ class Config:
         )
         if self.mode == "end_to_end":
             counts = (self.model.num_layers,)
-        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        ends = list(accumulate(counts))
         return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
     @property
@@ -113,6 +116,7 @@ class Config:
     def validate(self) -> "Config":
         """Raises ConfigError for the first value or combination that cannot be honoured; returns
         self."""
+        _validate_values(self)
         self._validate_model()
         self._validate_train()
         self._validate_parallel()
@@ -328,6 +332,51 @@ class Config:
                 f"sampler.readout is {s.readout}; allowed are last, all or a list of blocks "
                 f"0..{self.num_blocks - 1}"
             )
+
+
+LARGEST: dict[str, int] = {
+    "model.num_layers": 10_000,
+    "model.num_blocks": 10_000,
+    "model.hidden_size": 2**20,
+    "model.mlp_size": 2**22,
+    "model.patch_size": 2**14,
+    "data.image_size": 2**14,
+    "data.num_workers": 1024,
+    "data.augment.crop_padding": 2**14,
+    "data.augment.randaugment_ops": 1000,
+    "sampler.num_steps": 100_000,
+    "train.max_steps": 10**8,
+    "train.epochs": 10**6,
+}
+"""Beyond these, memory ends before anything can be told. Other whole numbers have 64 bits."""
+
+
+def _validate_values(config: Config) -> None:
+    """Raises ConfigError for a number that is too large for any run, or a path that is none."""
+    for key, value in _values(config):
+        largest: int = LARGEST.get(key, (1 << 63) - 1)
+        if isinstance(value, int) and not -largest <= value <= largest:
+            shown = value if abs(value) < 2**64 else "far too large"
+            raise ConfigError(f"{key} is {shown}; it may be {largest} at most")
+        if isinstance(value, float) and key in LARGEST and not value <= largest:
+            raise ConfigError(f"{key} is {value}; it may be {largest} at most")
+        if isinstance(value, str):
+            try:
+                longest = max(map(len, os.fsencode(value).split(b"/")))
+            except UnicodeError:
+                longest = 0
+            if "\0" in value or not 0 < longest < 256 or len(value) > 2000:
+                raise ConfigError(f"{key} is {value[:80]!r}, which can be no path or name")
+
+
+def _values(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every option; of a list, each value."""
+    for option in fields(section):
+        value, key = getattr(section, option.name), f"{prefix}{option.name}"
+        if is_dataclass(value):
+            yield from _values(value, f"{key}.")
+        else:
+            yield from ((key, v) for v in (value if isinstance(value, tuple) else (value,)))
 
 
 def _at_least(bound: int, **values: int | float) -> None:

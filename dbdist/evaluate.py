@@ -6,23 +6,26 @@ holds one block at a time.
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from dbdist import build
-from dbdist.checkpoint import find_checkpoint
+from dbdist.checkpoint import Checkpoint
 from dbdist.cli import guarded, parse_config, say
 from dbdist.config import Config
 from dbdist.data import dataset_spec, load_dataset, prepare
 from dbdist.errors import CheckpointError, ConfigError, TopologyError
 from dbdist.evaluation import Evaluation, Model, check_test_set, evaluate
+from dbdist.fallback import choose
 from dbdist.parallel.topology import Launch, Layout, Topology
 from dbdist.rank_state import describe_model
-from dbdist.restore import load_block
+from dbdist.restore import files_of_block, load_block
 from dbdist.run_dir import read_config, write_evaluation
 from dbdist.session import facts_of, joined
 
@@ -74,16 +77,13 @@ def evaluate_run(config: Config, topology: Topology) -> Evaluation:
     """Evaluates a run's checkpoint, writes RUN/evaluation.json and prints it. Collective."""
 
     run_dir = Path(config.run_dir)
-    with topology.agree("reading the checkpoint"):  # first: it takes no time
-        checkpoint = find_checkpoint(run_dir, config.eval.step)
-        if checkpoint is None:
-            raise CheckpointError(f"{run_dir} has no complete checkpoint; train it first")
-        checkpoint.check_sizes()
+    with topology.agree("reading the dataset's folder"):
+        model = describe_model(config, dataset_spec(config.data))
+    checkpoint = checkpoint_of_run(config, topology, model)
     with topology.agree():
         if topology.local_rank == 0:
             prepare(config.data)
     with topology.agree("loading the data"):
-        checkpoint.check_fits(describe_model(config, dataset_spec(config.data)))
         test_set = load_dataset(config.data, "test")
         check_test_set(config, test_set)
     own: dict[int, Model] = {}
@@ -107,6 +107,26 @@ def evaluate_run(config: Config, topology: Topology) -> Evaluation:
         write_evaluation(run_dir, evaluation)
         report(run_dir, evaluation)
     return evaluation
+
+
+def checkpoint_of_run(config: Config, topology: Topology, model: Mapping[str, Any]) -> Checkpoint:
+    """`eval.step`, or the newest (with `checkpoint.fallback` the newest intact); what this rank
+    needs of it is intact. model: what it must agree with. Collective. Raises CheckpointError."""
+    run_dir = Path(config.run_dir)
+    blocks = range(config.num_blocks)
+    if topology.world_size > 1:
+        blocks = () if topology.block is None else (topology.block,)
+    choice = choose(
+        run_dir,
+        topology,
+        model,
+        lambda checkpoint: [f for b in blocks for f in files_of_block(config, checkpoint, b)],
+        fallback=config.checkpoint.fallback,
+        step=config.eval.step,
+    )
+    if choice is None:
+        raise CheckpointError(f"{run_dir} has no complete checkpoint; train it first")
+    return choice.checkpoint
 
 
 def report(run_dir: Path, evaluation: Evaluation) -> None:

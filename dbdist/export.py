@@ -6,13 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dbdist import build
-from dbdist.checkpoint import find_checkpoint
 from dbdist.cli import OneLineParser, guarded
 from dbdist.config import Config
 from dbdist.data import dataset_spec
 from dbdist.errors import CheckpointError
-from dbdist.evaluate import config_of_run
+from dbdist.evaluate import checkpoint_of_run, config_of_run
 from dbdist.inference import describe, save_model
+from dbdist.parallel.topology import Layout, Topology
 from dbdist.rank_state import describe_model
 from dbdist.restore import export_weights
 
@@ -37,12 +37,9 @@ def run(argv: list[str]) -> None:
 
 def export(config: Config, out: Path) -> None:
     """Writes the run's checkpoint (`eval.step`, or the newest) as an exported model."""
-    run_dir = Path(config.run_dir)
-    checkpoint = find_checkpoint(run_dir, config.eval.step)
-    if checkpoint is None:
-        raise CheckpointError(f"{run_dir} has no complete checkpoint; train it first")
     spec = dataset_spec(config.data)
-    checkpoint.check_fits(describe_model(config, spec))
+    model = describe_model(config, spec)
+    checkpoint = checkpoint_of_run(config, Topology(Layout(1)), model)
     weights, is_private = export_weights(config, checkpoint)
     sampler = {
         **asdict(config.sampler),

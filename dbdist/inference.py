@@ -28,11 +28,14 @@ from dbdist.tasks.classification import ClassReadout
 
 FORMAT = "dbdist-model"
 VERSION = 1
+MAX_EVALUATIONS = 10_000
+"""Of a denoiser, for one answer: steps of the sampler times its draws."""
 _WRONG_VALUES = (
     ArithmeticError,
     AssertionError,
     AttributeError,
     LookupError,
+    MemoryError,
     RuntimeError,
     TypeError,
     ValueError,
@@ -153,18 +156,25 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Lo
         raise CheckpointError(f"{file} does not hold the weights of a model")
     try:
         spec = _dataset_spec(config["data"])
-        network = _build(config, device, dtype)
+        _check_extent(config, spec, weights)
+        # Without memory first: the weights say how much a description may ask for.
+        empty = _build(config, torch.device("meta"), dtype)
+        own = {name: p.shape for name, p in empty.named_parameters()}
+        named = network_weights(empty, weights)
     except (UserError, *_WRONG_VALUES) as error:
         raise CheckpointError(
-            f"{folder}/config.json does not describe a model ({error!r}); export it again"
+            f"{folder}/config.json does not describe a model ({_reason(error)}); export it again"
         ) from None
-    fill(network, network_weights(network, weights), file)
+    check_weights(own, named, file)
+    network = _build(config, device, dtype)
+    fill(network, named, file)
     model = LoadedModel(network, spec, device)
     try:  # whatever is wrong shows now, and not at the first image of the user's
         model.predict(torch.zeros(1, spec.channels, spec.image_size, spec.image_size))
     except (UserError, *_WRONG_VALUES) as error:
         raise CheckpointError(
-            f"{folder}/config.json does not fit its weights ({error!r}); export the model again"
+            f"{folder}/config.json does not fit its weights ({_reason(error)}); export the model "
+            "again"
         ) from None
     return model
 
@@ -177,7 +187,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is missing") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({error}); restore it from a copy or use another checkpoint"
+            f"{path} is damaged ({' '.join(str(error).split())[:300]}); restore it from a copy or "
+            "use another checkpoint"
         ) from None
 
 
@@ -192,16 +203,20 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None
 def check_weights(
     own: Mapping[str, torch.Size], weights: Mapping[str, Tensor], source: Path
 ) -> None:
-    """Raises CheckpointError where names or shapes differ from a module's own."""
+    """Raises CheckpointError where names or shapes differ from a module's own, or a tensor does not
+    hold floating-point numbers."""
     for problem, names in (
         ("lacks", own.keys() - weights.keys()),
         ("has a foreign", weights.keys() - own.keys()),
     ):
         if names:
-            raise CheckpointError(
-                f"{source} {problem} tensor {min(names)}: it belongs to another model"
-            )
+            name = " ".join(min(names)[:100].split())
+            raise CheckpointError(f"{source} {problem} tensor {name}: it belongs to another model")
     for name, shape in own.items():
+        if not weights[name].is_floating_point():
+            raise CheckpointError(
+                f"{source}: {name} is {weights[name].dtype}; weights are floating-point numbers"
+            )
         if shape != weights[name].shape:
             raise CheckpointError(
                 f"{source}: {name} has shape {list(weights[name].shape)}, the model needs "
@@ -248,6 +263,28 @@ def describe(
 def _dataset_spec(values: dict[str, Any]) -> DatasetSpec:
     sizes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return DatasetSpec(**sizes)
+
+
+def _check_extent(config: dict[str, Any], spec: DatasetSpec, weights: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for counts that would take for ever: they bound what is built and run."""
+    model, layers, noise = config["model"], config["layers_per_block"], config["noise"]
+    sizes = spec.image_size, spec.channels, spec.num_classes
+    if sizes != (model["image_size"], model["channels"], model["num_classes"]):
+        raise ValueError(f"data {sizes} is not what the model is made for")
+    if not layers or min(layers) < 0 or sum(layers) > len(weights):
+        raise ValueError(f"{sum(layers)} layers of {len(weights)} tensors")
+    if noise is not None:
+        if noise["num_blocks"] != len(layers):
+            raise ValueError(f"num_blocks {noise['num_blocks']} of {len(layers)}")
+        sampler = config["sampler"]
+        evaluations = sampler["num_steps"] * sampler.get("num_draws", 1)
+        if not evaluations <= MAX_EVALUATIONS:
+            raise ValueError(f"{evaluations} evaluations; {MAX_EVALUATIONS} at most")
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line."""
+    return " ".join(repr(error).split())[:300]
 
 
 def _build(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:

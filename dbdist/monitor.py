@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from dbdist.checkpoint import complete_folders
 from dbdist.histogram import SigmaHistogram
 from dbdist.noise import NoiseSchedule
 
@@ -141,8 +143,8 @@ class Monitor(AbstractContextManager["Monitor"]):
         table.add_row("time", _clock(elapsed_s))
         table.add_row("peak memory of rank", "  ".join(peaks) or "-")
         self._console.print(table, highlight=False)
-        manifests = sorted(self._run_dir.glob("checkpoints/step-*/manifest.json"))
-        newest = [f"checkpoints/{manifest.parent.name}" for manifest in manifests[-1:]]
+        complete = complete_folders(self._run_dir / "checkpoints")
+        newest = [f"checkpoints/{path.name}" for path in complete[-1:]]
         for name in ("", "metrics.jsonl", "tensorboard", *newest, "evaluation.json"):
             if (path := self._run_dir / name).exists():
                 self.message(f"  {path}")
@@ -206,6 +208,7 @@ class _Board:
             self._next_try_at = time.monotonic() + RETRY_S
             from torch.utils.tensorboard import SummaryWriter
 
+            _quieten_writers()
             folder = str(self._folder)
             self._writer = SummaryWriter(folder, purge_step=self._purge_step, flush_secs=10)
             self._purge_step = None
@@ -218,6 +221,23 @@ class _Board:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _quieten_writers() -> None:
+    """Keeps TensorBoard's threads from printing the OSError that ends them: the next call of their
+    writer raises it, and `Monitor` tells it. Other threads' errors are printed as before."""
+    from tensorboard.summary.writer import event_file_writer
+
+    kind, before = getattr(event_file_writer, "_AsyncWriterThread", ()), threading.excepthook
+    if getattr(before, "is_quiet", False):
+        return
+
+    def quiet(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.thread, kind) and issubclass(args.exc_type, OSError)):
+            before(args)
+
+    setattr(quiet, "is_quiet", True)  # noqa: B010
+    threading.excepthook = quiet
 
 
 class _MetricsFile:

@@ -4,14 +4,20 @@ Names, not positions: a state is given to another optimizer that holds the same 
 another order, or split among ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dbdist.errors import CheckpointError
+
 State = Mapping[str, Mapping[str, Tensor]]
 """Parameter name -> kind, such as exp_avg -> tensor. Parameters never stepped are absent."""
+ADAMW = ("step", "exp_avg", "exp_avg_sq")
+SGD = ("momentum_buffer",)
+"""Kinds: `step` is one number, all others have the parameter's shape."""
 
 
 def state_of(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> State:
@@ -53,3 +59,37 @@ def unflatten(tensors: Mapping[str, Tensor], prefix: str = "") -> State:
             name, _, kind = key.removeprefix(prefix).rpartition("/")
             state.setdefault(name, {})[kind] = tensor
     return state
+
+
+def check_state(
+    state: State,
+    shapes: Mapping[str, torch.Size],
+    kinds: Collection[str],
+    source: Path,
+    together: Collection[str] = (),
+) -> None:
+    """Raises CheckpointError, naming the tensor, unless the state is one of these parameters: names
+    and kinds known, shapes right, every value floating-point. together: parameters that have a
+    state all or none."""
+    wanted = set(kinds)
+    for name, own in state.items():
+        if name not in shapes:
+            raise CheckpointError(
+                f"{source} has a state of {name[:100]!r}, which is no parameter: "
+                "it belongs to another model"
+            )
+        if odd := own.keys() ^ wanted:
+            raise CheckpointError(
+                f"{source}: the state of {name} has {sorted(own)}, the optimizer needs "
+                f"{sorted(wanted)} ({min(odd)!r} differs)"
+            )
+        for kind, tensor in own.items():
+            shape = torch.Size() if kind == "step" else shapes[name]
+            if tensor.shape != shape or not tensor.is_floating_point():
+                raise CheckpointError(
+                    f"{source}: {kind} of {name} is {tensor.dtype} of shape {list(tensor.shape)}, "
+                    f"the optimizer needs floating-point numbers of shape {list(shape)}"
+                )
+    missing = set(together) - state.keys()
+    if missing and len(missing) < len(together):
+        raise CheckpointError(f"{source} lacks the state of {min(missing)}")

@@ -215,8 +215,8 @@ class CheckpointConfig:
     keep_last: int = 2
     """Complete checkpoints kept; older ones are removed. At least 1."""
     fallback: bool = False
-    """When the newest checkpoint is damaged, continue from (or evaluate) the newest intact one, and
-    set the damaged one aside; false: say which that is, and end."""
+    """When the newest checkpoint is damaged, continue from (or evaluate, export) the newest intact
+    one; training renames what is damaged to step-….damaged. false: say which is intact, and end."""
     resume: bool | None = None
     """null: continue where the run directory left off, if it did; true: there must be something to
     continue; false: there must not."""

@@ -6,6 +6,7 @@ belongs to other ranks.
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,15 @@ from dbdist.evaluation import Model
 from dbdist.inference import check_weights, fill
 from dbdist.models.vit import Block, ViTConfig, initial_weights
 from dbdist.monitor import Ownership
-from dbdist.optimizer_state import flatten, load_state, state_of, unflatten
+from dbdist.optimizer_state import (
+    ADAMW,
+    SGD,
+    check_state,
+    flatten,
+    load_state,
+    state_of,
+    unflatten,
+)
 from dbdist.parallel.agreement import digest_of, find_difference
 from dbdist.parallel.coordinator import Averaged, Coordinated, Private, Sharded, SharedSync
 from dbdist.parallel.replicas import Engine, SharedGradients, Whole, check_engine, clip
@@ -252,42 +261,73 @@ class RankState:
         return files
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """The inverse of `files`, whichever topology wrote them. Raises CheckpointError."""
-        checkpoint.check_fits(describe_model(self.config, self.spec))
+        """The inverse of `files`, whichever topology wrote them. Everything that this rank needs is
+        read and checked, on all ranks, before the first weight changes. Collective. Raises
+        CheckpointError."""
+        topology, indices = self.topology, [owned.index for owned in self.blocks]
+        with topology.agree("reading the checkpoint"):
+            checkpoint.check_fits(describe_model(self.config, self.spec))
+            needed = files_to_restore(self.config, topology, indices)
+            read = {file: checkpoint.tensors(file) for file in needed}
+            self._check(checkpoint.path, read)
         sync, shared = self.sync, self.shared_parameters
-        if isinstance(sync, Averaged) or not self._is_private:
-            fill(self.shared, checkpoint.tensors(SHARED), checkpoint.path / SHARED)
+        shared_optimizer = optimizer_file(SHARED)
+        if SHARED in read:
+            fill(self.shared, read.pop(SHARED), checkpoint.path / SHARED)
         if isinstance(sync, Averaged):
             with torch.no_grad():
                 for name, tensor in sync.anchor.items():
                     tensor.copy_(shared[name])
             if sync.outer is not None:
-                state = unflatten(checkpoint.tensors(optimizer_file(SHARED)))
-                load_state(sync.outer, sync.anchor, state)
-        elif not self._is_private and sync.optimizer is not None:
-            state = unflatten(checkpoint.tensors(optimizer_file(SHARED)))
+                load_state(sync.outer, sync.anchor, unflatten(read.pop(shared_optimizer)))
+        elif shared_optimizer in read:
+            state = unflatten(read.pop(shared_optimizer))
             if isinstance(sync, Sharded):
                 sync.take_over()
                 sync.set_optimizer_state(state)
             else:
+                assert sync.optimizer is not None
                 load_state(sync.optimizer, shared, state)
-        if self.ema and not self._is_private:
-            self.ema.load(_prefixed(checkpoint.tensors(ema_file(SHARED))))
+        if self.ema and ema_file(SHARED) in read:
+            self.ema.load(_prefixed(read.pop(ema_file(SHARED))))
         for owned in self.blocks:
-            self._restore_block(checkpoint, owned)
+            self._restore_block(checkpoint, owned, read)
 
-    def _restore_block(self, checkpoint: Checkpoint, owned: OwnedBlock) -> None:
+    def _check(self, path: Path, read: Files) -> None:
+        """Raises CheckpointError, naming file and tensor, unless the files hold what `restore` will
+        take from them."""
+        own_shared = {name: p.shape for name, p in self.shared_parameters.items()}
+        kinds = SGD if isinstance(self.sync, Averaged) else ADAMW
+        together = own_shared if isinstance(self.sync, Sharded) else ()
+        for file in (SHARED, ema_file(SHARED)):
+            if file in read:
+                check_weights(own_shared, read[file], path / file)
+        if (file := optimizer_file(SHARED)) in read:
+            check_state(unflatten(read[file]), own_shared, kinds, path / file, together)
+        is_zero = self.config.parallel.replica_engine == "deepspeed"
+        for owned in self.blocks:
+            name, shapes = block_file(owned.index), dict(owned.shapes)
+            if self._is_private:
+                shapes |= _prefixed(own_shared)
+            for file in (name, ema_file(name)):
+                if file in read:
+                    check_weights(shapes, read[file], path / file)
+            file, together = optimizer_file(name), owned.shapes if is_zero else ()
+            check_state(unflatten(read[file]), shapes, ADAMW, path / file, together)
+
+    def _restore_block(
+        self, checkpoint: Checkpoint, owned: OwnedBlock, read: dict[str, dict[str, Tensor]]
+    ) -> None:
+        """read: what `_check` has accepted; the block's files are taken out of it."""
         name, engine = block_file(owned.index), owned.engine
         if self.ema:  # through the weights: an engine knows how to split these
-            averages, private = split_private(checkpoint.tensors(ema_file(name)))
-            check_weights(owned.shapes, averages, checkpoint.path / ema_file(name))
+            averages, private = split_private(read.pop(ema_file(name)))
             engine.set_weights(averages.items())
             self.ema.load({k: engine.part(p) for k, p in owned.parameters.items()})
             self.ema.load(_prefixed(private))
-        layers, private = split_private(checkpoint.tensors(name))
-        check_weights(owned.shapes, layers, checkpoint.path / name)
+        layers, private = split_private(read.pop(name))
         engine.set_weights(layers.items())
-        tensors = checkpoint.tensors(optimizer_file(name))
+        tensors = read.pop(optimizer_file(name))
         engine.set_optimizer_state(unflatten(split_private(tensors)[0]))
         if self._is_private:
             fill(self.shared, private, checkpoint.path / name)
@@ -348,6 +388,37 @@ class RankState:
         return Averaged(
             topology, self.shared, optimizer, p.sync_every, p.outer_lr, p.outer_momentum
         )
+
+
+def own_blocks(config: Config, topology: Topology) -> list[int]:
+    """The blocks that this rank trains: its own, or all in sequential mode."""
+    if config.mode == "sequential":
+        return list(range(config.num_blocks))
+    return [] if topology.block is None else [topology.block]
+
+
+def files_to_restore(config: Config, topology: Topology, blocks: list[int]) -> list[str]:
+    """The files of a checkpoint that `RankState.restore` reads on this rank, which owns these
+    blocks, and no others."""
+    p, has_ema = config.parallel, config.train.ema_decay > 0
+    is_parallel = config.mode == "block_parallel"
+    is_private = is_parallel and p.sync != "step"
+    is_averaged = is_parallel and p.sync == "every"
+    files = [SHARED] if is_averaged or not is_private else []
+    if is_averaged:
+        has_optimizer = topology.is_coordinator and (p.outer_lr != 1 or p.outer_momentum != 0)
+    else:
+        is_sharded = p.coordinator == "sharded"
+        has_optimizer = not is_private and (
+            not is_parallel or is_sharded or topology.is_coordinator
+        )
+    if has_optimizer:
+        files.append(optimizer_file(SHARED))
+    if has_ema and not is_private:
+        files.append(ema_file(SHARED))
+    for name in map(block_file, blocks):
+        files += [name, optimizer_file(name), *([ema_file(name)] if has_ema else [])]
+    return files
 
 
 def describe_model(config: Config, spec: DatasetSpec) -> dict[str, Any]:

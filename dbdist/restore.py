@@ -27,6 +27,13 @@ def load_block(
     return model.eval()
 
 
+def files_of_block(config: Config, checkpoint: Checkpoint, block: int) -> list[str]:
+    """The files that `load_block` reads."""
+    is_private = config.mode == "block_parallel" and config.parallel.sync != "step"
+    files = [block_file(block), *([] if is_private else [SHARED])]
+    return [_averaged(checkpoint, file) for file in files]
+
+
 def export_weights(config: Config, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], bool]:
     """(tensors of the exported model, whether blocks keep shared modules of their own)."""
     weights: dict[str, Tensor] = {}

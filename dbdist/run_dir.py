@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from dbdist.checkpoint import Checkpoint, differences, find_checkpoint
+from dbdist.checkpoint import complete_folders, differences, step_of
 from dbdist.cli import parse_config, write_yaml
 from dbdist.config import Config
 from dbdist.errors import CheckpointError, ConfigError
@@ -41,33 +41,31 @@ def read_config(run_dir: Path) -> Config | None:
     """The configuration in RUN/config.yaml; None without one. Raises ConfigError for a damaged
     one."""
     path = run_dir / "config.yaml"
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         return parse_config("dbdist", "", [], first=["--config", str(path)])
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
-def find_own_checkpoint(config: Config) -> Checkpoint | None:
-    """The checkpoint to continue from, if there is one, after every check that needs no data.
-
-    Raises CheckpointError, or a ConfigError that names the first key that differs, if the run
-    directory holds a run of another configuration; nothing is changed.
-    """
+def check_run_dir(config: Config) -> None:
+    """Raises CheckpointError if there is something to continue against `checkpoint.resume`, or a
+    ConfigError that names the first key that differs if the run directory holds a run of another
+    configuration; nothing is changed, and no data is needed."""
     run_dir = Path(config.run_dir)
-    checkpoint = find_checkpoint(run_dir)
-    if config.checkpoint.resume is True and checkpoint is None:
+    steps = [step_of(path) for path in complete_folders(run_dir / "checkpoints")]
+    if config.checkpoint.resume is True and not steps:
         raise CheckpointError(
             f"checkpoint.resume is true, but {run_dir} has no complete checkpoint; "
             "leave it out to start"
         )
-    if config.checkpoint.resume is False and checkpoint is not None:
+    if config.checkpoint.resume is False and steps:
         raise CheckpointError(
             f"checkpoint.resume is false, but {run_dir} holds a checkpoint of "
-            f"step {checkpoint.step}; give another run_dir"
+            f"step {steps[-1]}; give another run_dir"
         )
-    held = _held_config(run_dir, checkpoint is not None)
+    held = _held_config(run_dir, bool(steps))
     if held is not None:
         for key, old, new in differences(dataclasses.asdict(held), dataclasses.asdict(config)):
             if not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE):
@@ -75,13 +73,10 @@ def find_own_checkpoint(config: Config) -> Checkpoint | None:
                     f"{run_dir} holds a run with {key} {old}, not {new}; "
                     "give another run_dir or the old value"
                 )
-    if checkpoint is not None:
-        checkpoint.check_sizes()
-    return checkpoint
 
 
 def claim(config: Config, num_train: int, step: int | None) -> None:
-    """Makes the run directory this configuration's, which `find_own_checkpoint` has accepted.
+    """Makes the run directory this configuration's, which `check_run_dir` has accepted.
 
     num_train: samples in the training set. step: of the checkpoint that will be continued. Raises
     ConfigError if the learning rate or the last step do not go with it; then nothing is changed.

@@ -13,13 +13,13 @@ from dbdist import build
 from dbdist.cli import guarded, parse_config, say
 from dbdist.config import Config
 from dbdist.data import dataset_spec, load_dataset, prepare
-from dbdist.errors import CheckpointError
 from dbdist.evaluation import Evaluation
+from dbdist.fallback import choose, set_aside
 from dbdist.monitor import Monitor, peak_memory_mb
 from dbdist.parallel.agreement import check_agreement
 from dbdist.parallel.topology import Launch, Topology
-from dbdist.rank_state import describe_model
-from dbdist.run_dir import claim, find_own_checkpoint, write_evaluation
+from dbdist.rank_state import describe_model, files_to_restore, own_blocks
+from dbdist.run_dir import check_run_dir, claim, write_evaluation
 from dbdist.session import facts_of, hearing_signals, joined
 from dbdist.trainer import Trainer, layout_of
 
@@ -55,24 +55,30 @@ def train(
     start = time.perf_counter()
     run_dir = Path(config.run_dir)
     with topology.agree("opening the run directory"):  # first: it takes no time
-        checkpoint = find_own_checkpoint(config)
-    with topology.agree():
-        if len(set(steps := topology.gather(checkpoint and checkpoint.step))) > 1:
-            raise CheckpointError(
-                f"{run_dir} is not the same folder on all ranks: they see checkpoints {steps}"
-            )
-        if topology.local_rank == 0:
-            prepare(config.data)
+        check_run_dir(config)
     with topology.agree("reading the dataset's folder"):
         spec = dataset_spec(config.data)
-        if checkpoint is not None:
-            checkpoint.check_fits(describe_model(config, spec))
+        model = describe_model(config, spec)
+    needed = files_to_restore(config, topology, own_blocks(config, topology))
+    choice = choose(
+        run_dir,
+        topology,
+        model,
+        lambda _: needed,
+        fallback=config.checkpoint.fallback,
+        is_training=True,
+    )
+    checkpoint = choice and choice.checkpoint
+    with topology.agree():
+        if topology.local_rank == 0:
+            prepare(config.data)
     with topology.agree("loading the data"):
         train_set, test_set = load_dataset(config.data, "train"), load_dataset(config.data, "test")
     with topology.agree():
         if topology.is_coordinator:
             build.architecture(config, spec)  # raises before anything is written
             claim(config, len(train_set), checkpoint and checkpoint.step)
+            set_aside(choice.damaged if choice else ())
     with topology.agree("building the model"):
         trainer = Trainer(config, topology, train_set, test_set, checkpoint)
     with topology.agree():

@@ -250,3 +250,17 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     with pytest.raises(CheckpointError):
         load_published_vit(tmp_path / "c.ckpt")
     assert not (tmp_path / "executed").exists()
+
+
+def test_pickles_of_another_form_are_refused(tmp_path):
+    path, loop = tmp_path / "x.ckpt", {}
+    loop["self"] = loop
+    for content in (
+        {0: torch.ones(1)},
+        {"state_dict": [torch.ones(1)]},
+        {"state_dict": {}, "hyper_parameters": loop},
+        [torch.ones(1)],
+    ):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError):
+            load_published_vit(path)

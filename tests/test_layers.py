@@ -97,6 +97,48 @@ def test_only_topology_reads_the_environment():
         assert not names & ranks, f"{name}: {names & ranks}"
 
 
+def calls_of(name):
+    """(what is called, as it stands there; the call) everywhere in a module."""
+    for node in ast.walk(ast.parse(SOURCES[name].read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_nothing_that_is_read_can_run(name):
+    forbidden = {
+        *("eval", "exec", "compile", "__import__", "importlib.import_module"),
+        *("pickle.load", "pickle.loads", "pickle.Unpickler", "pickle._Unpickler"),
+        *("shelve.open", "marshal.load", "marshal.loads", "joblib.load", "dill.load"),
+        *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.Loader"),
+        *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
+        *("extract_archive", "shutil.unpack_archive"),
+    }
+    for called, node in calls_of(name):
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        assert called not in forbidden, f"{name}:{node.lineno}: {called}"
+        assert given.get("shell", "False") == "False", f"{name}:{node.lineno}: {called}"
+        assert given.get("allow_pickle", "False") == "False", f"{name}:{node.lineno}: {called}"
+        assert not called.endswith((".extractall", ".extract")), f"{name}:{node.lineno}: {called}"
+        if called == "torch.load":
+            assert given.get("weights_only") == "True", f"{name}:{node.lineno}: {called}"
+    for imported in imports_of(name):
+        assert imported not in ("torch.load", "pickle.load", "pickle.loads", "yaml.load"), name
+
+
+def test_the_only_unpickler_is_the_readers():
+    """It is a class, so that what it may make and call is written down."""
+    unpicklers = {
+        f"{name}.{node.name}"
+        for name, path in SOURCES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        if any("Unpickler" in ast.unparse(base) for base in node.bases)
+    }
+    assert unpicklers == {"dbdist.data.readers._ArrayUnpickler"}
+    assert any(called == "torch.load" for called, _ in calls_of("dbdist.compat"))
+
+
 def test_no_import_cycles():
     below = {name: reached_from(name) - {name} for name in SOURCES}
     cycles = {frozenset((a, b)) for a in below for b in below[a] if a in below.get(b, ())}

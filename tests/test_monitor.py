@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -107,8 +108,9 @@ def test_an_exception_inside_with_still_writes_everything(tmp_path):
     assert [line["step"] for line in read_lines(tmp_path)] == [1]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
-def test_a_full_disk_costs_records_and_not_the_run(small_disk, capsys):
+def test_a_full_disk_costs_records_and_not_the_run(small_disk, capsys, monkeypatch):
+    printed: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
     monitor, _ = build_monitor(small_disk.path, reporters=(0,))
     monitor.record(0, 1, loss(0))
     filler = small_disk.path / "filler"
@@ -127,6 +129,29 @@ def test_a_full_disk_costs_records_and_not_the_run(small_disk, capsys):
     warnings = capsys.readouterr().err
     assert warnings.count("training goes on") == 1
     assert "cannot be written (No space left on device)" in " ".join(warnings.split())
+    assert "Traceback" not in warnings
+    assert not printed, "TensorBoard's thread ends quietly"
+
+
+def test_errors_of_other_threads_and_other_errors_are_printed_as_before(tmp_path, monkeypatch):
+    printed: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    monitor, _ = build_monitor(tmp_path)
+    for _ in range(2):
+        thread = threading.Thread(target=(tmp_path / "absent").read_bytes)
+        thread.start()
+        thread.join()
+    writer = monitor._tensorboard.writer._get_file_writer().event_writer._async_writer
+    writer._byte_queue.put("no bytes")
+    writer._worker.join(10)
+    monitor._tensorboard.drop()
+    monitor.close()
+    assert [args.exc_type for args in printed] == [
+        FileNotFoundError,
+        FileNotFoundError,
+        printed[-1].exc_type,
+    ]
+    assert not issubclass(printed[-1].exc_type, OSError)
 
 
 def test_what_is_added_to_a_written_step_amends_its_line(tmp_path):

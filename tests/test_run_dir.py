@@ -7,7 +7,6 @@ from typing import get_args
 import pytest
 
 from dbdist import run_dir
-from dbdist.checkpoint import Checkpoint
 from dbdist.config import Config
 from dbdist.errors import ConfigError
 from dbdist.options import TrainConfig
@@ -53,9 +52,9 @@ def claim(monkeypatch):
     """What a run does with its directory, as if this were the step of its newest checkpoint."""
 
     def check_and_claim(config, num_train, step):
-        found = step and Checkpoint(Path(config.run_dir), {"step": step, "files": {}})
-        monkeypatch.setattr(run_dir, "find_checkpoint", lambda _: found)
-        run_dir.find_own_checkpoint(config)
+        found = [] if step is None else [Path(f"step-{step:08d}")]
+        monkeypatch.setattr(run_dir, "complete_folders", lambda _: found)
+        run_dir.check_run_dir(config)
         run_dir.claim(config, num_train, step)
 
     return check_and_claim

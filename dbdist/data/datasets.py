@@ -5,6 +5,7 @@ that is augmented. Nothing here moves the global random generators, downloads or
 """
 
 import hashlib
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ Batch = tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]
 
 READY_BYTES = 2**26
 """Sets up to this size that are not augmented are normalised once instead of in each batch."""
+IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+"""What image files may be, by their content: PIL gives some others to programs outside."""
+MAX_PIXELS = 2**26
+"""Of an image file, and of what it is resized to before it is cropped."""
 
 
 @dataclass(frozen=True)
@@ -215,14 +220,28 @@ def _augmentation(config: AugmentConfig, size: int) -> Any:
 
 def _read_image(path: Path, size: int) -> Shaped[Tensor, "c h w"]:
     """The middle square of an image file, its shorter side resized to `size`."""
-    from torchvision.datasets.folder import default_loader
+    from PIL import Image
     from torchvision.transforms.v2 import functional as F
 
     try:
-        image = F.pil_to_tensor(default_loader(str(path)))
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on damaged files
-        raise DataError(f"{path} is not a readable image: {error}") from error
-    return F.center_crop(F.resize(image, [size], antialias=True), [size, size])
+        if not path.is_file():
+            raise DataError(f"{path} is missing")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images and odd metadata
+            with Image.open(path, formats=IMAGE_FORMATS) as file:
+                short, long = sorted(file.size)
+                if short < 1 or max(short * long, size * size * long // short) > MAX_PIXELS:
+                    raise DataError(
+                        f"{path} has {file.size[0]} x {file.size[1]} pixels, which is too large or "
+                        "too narrow; resize or remove it"
+                    )
+                image = F.pil_to_tensor(file.convert("RGB"))
+        return F.center_crop(F.resize(image, [size], antialias=True), [size, size])
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        reason = " ".join(f"{error}".split()) or type(error).__name__
+        raise DataError(f"{path} is not a readable image: {reason}") from error
 
 
 def load_dataset(config: DataConfig, split: Split) -> ImageDataset:

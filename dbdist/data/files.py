@@ -11,11 +11,18 @@ import io
 import os
 import shutil
 import socket
+import stat
+import struct
+import tarfile
 import threading
 import urllib.request
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from dbdist.errors import DataError
 from dbdist.options import DataConfig
@@ -149,34 +156,85 @@ def _lock(folder: Path) -> Iterator[None]:
 
 def _fetch(archive: Archive, root: Path) -> None:
     """Downloads (unless the archive was put there by hand), checks and unpacks."""
-    from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+    from torchvision.datasets.utils import check_integrity, download_url
 
-    given, partial = root / archive.filename, root / f".{archive.folder}.{socket.gethostname()}"
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir()
+    given, unfinished = root / archive.filename, root / f".{archive.folder}.{socket.gethostname()}"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    unfinished.mkdir()
     old_timeout = socket.getdefaulttimeout()
     try:
         if not given.exists():
             socket.setdefaulttimeout(STALL_S)
             try:
                 with contextlib.redirect_stderr(io.StringIO()):  # tqdm
-                    download_url(archive.url, str(partial), archive.filename, archive.md5)
+                    download_url(archive.url, str(unfinished), archive.filename, archive.md5)
             except (OSError, RuntimeError, http.client.HTTPException) as error:
                 raise _undownloaded(archive, root, error) from error
-            os.replace(partial / archive.filename, given)
+            os.replace(unfinished / archive.filename, given)
         elif not check_integrity(given, archive.md5):
             raise DataError(
                 f"{given} is damaged (its md5 is not {archive.md5}); "
                 f"delete it or replace it by {archive.url}"
             )
-        extract_archive(given, partial)
-        if not (partial / archive.folder).is_dir():
+        unpack(given, unfinished)
+        if not (unfinished / archive.folder).is_dir():
             raise DataError(f"{given} holds no folder {archive.folder}")
         try:
-            os.replace(partial / archive.folder, root / archive.folder)
+            os.replace(unfinished / archive.folder, root / archive.folder)
         except OSError:
             if not (root / archive.folder).is_dir():  # else another node was faster
                 raise
     finally:
         socket.setdefaulttimeout(old_timeout)
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """The folders and files of a .zip or .tar.gz, below this folder. DataError, naming the member,
+    for one that is neither or would lie elsewhere; of those after it nothing is written."""
+    try:
+        for name, content in _members(archive):
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\0" in name:
+                raise DataError(f"{archive} is refused: {name!r} would lie outside its folder")
+            target = folder / path
+            if content is None:
+                target.mkdir(parents=True, exist_ok=True)
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with content() as read, target.open("xb") as written:
+                shutil.copyfileobj(read, written)
+    except (
+        *(EOFError, OSError, struct.error, tarfile.TarError, zipfile.BadZipFile, zlib.error),
+        *(NotImplementedError, RuntimeError, ValueError),  # zip: unknown, encrypted
+    ) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{archive} cannot be unpacked: {reason}") from error
+
+
+def _members(archive: Path) -> Iterator[tuple[str, Callable[[], Any] | None]]:
+    """(name, how to read it) of each file, (name, None) of each folder. DataError for a link or a
+    device, which no data set has."""
+
+    def refuse(name: str) -> DataError:
+        return DataError(f"{archive} is refused: {name!r} is a link or a device, not a file")
+
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as opened:
+            for info in opened.infolist():
+                kind = stat.S_IFMT(info.external_attr >> 16)
+                if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                    raise refuse(info.filename)
+                yield info.filename, None if info.is_dir() else partial(opened.open, info)
+        return
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if not (member.isreg() or member.isdir()):
+                raise refuse(member.name)
+            yield member.name, None if member.isdir() else partial(_extracted, tar, member)
+
+
+def _extracted(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
+    content = tar.extractfile(member)
+    assert content is not None, f"{member.name} is a file"
+    return content

@@ -16,6 +16,8 @@ from dbdist.data import load_dataset
 from dbdist.errors import CheckpointError, ConfigError, UserError
 from dbdist.evaluate import evaluate_run, layout_for_evaluation
 from dbdist.export import export
+from dbdist.fallback import choose
+from dbdist.parallel.topology import Layout
 from dbdist.train import train
 from dbdist.trainer import layout_of
 
@@ -232,6 +234,27 @@ def test_wrong_run_directories_and_damaged_checkpoints_are_refused_on_every_rank
 
     (run / "config.yaml").unlink()  # the checkpoint itself knows its shape
     assert "hidden_size" in failures("model.hidden_size=24")[1]
+
+
+def refusal_of_rank(rank, folder):
+    topology = rank.join(Layout(2))
+    own = Path(folder) / str(topology.rank)
+    try:
+        choose(own, topology, {}, lambda _: [], fallback=True, is_training=True)
+    except CheckpointError as error:
+        return str(error).replace(str(own), "OWN")
+    return None
+
+
+def test_ranks_that_see_different_folders_are_told(ranks, tmp_path):
+    path = tmp_path / "0/checkpoints/step-00000004"
+    path.mkdir(parents=True)
+    (path / "manifest.json").write_text("{}")
+    told = ranks.run(2, refusal_of_rank, str(tmp_path))
+    assert told[0] is not None
+    assert "OWN is not the same folder on all ranks" in told[0]
+    assert "'step-00000004', 'none'" in told[0]
+    assert told[1] == told[0]
 
 
 def test_an_incomplete_checkpoint_is_ignored_and_cleaned_up(ranks, tmp_path):

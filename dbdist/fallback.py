@@ -1,0 +1,137 @@
+"""Which checkpoint a run continues from, or is evaluated or exported with: the newest, or with
+`checkpoint.fallback` the newest intact one.
+
+Every rank checks the manifest and hashes the files that it will read, and no others; the verdicts
+are gathered, so all ranks choose the same step. Nothing is changed before `set_aside`.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dbdist.checkpoint import Checkpoint, complete_folders, read_manifest, step_of
+from dbdist.errors import CheckpointError
+from dbdist.parallel.topology import Topology
+
+Needs = Callable[[Checkpoint], Iterable[str]]
+"""The files of a checkpoint that this rank will read."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint to use; the files that this rank needs are intact."""
+
+    checkpoint: Checkpoint
+    damaged: list[Path]
+    """Folders of newer checkpoints, which were passed over."""
+
+
+def choose(
+    run_dir: Path,
+    topology: Topology,
+    model: Mapping[str, Any],
+    needs: Needs,
+    *,
+    fallback: bool,
+    step: int | None = None,
+    is_training: bool = False,
+) -> Choice | None:
+    """The newest checkpoint; with `fallback`, the newest intact one; with `step`, that one and no
+    other. None where there is none. Collective.
+
+    model: what the checkpoint must agree with. is_training: it will be continued. Raises
+    CheckpointError, the same on every rank, if it is damaged or foreign; the message names the file
+    and the newest step that is intact.
+    """
+    folder = run_dir / "checkpoints"
+    found: list[Path] = []
+    with topology.agree("reading the run directory"):
+        found = complete_folders(folder)
+    seen: list[Any] = topology.gather([path.name for path in found])
+    newest = [names[-1] if names else "none" for names in seen]
+    if is_training and len(set(newest)) > 1:
+        raise CheckpointError(
+            f"{run_dir} is not the same folder on all ranks: they see checkpoints {newest}"
+        )
+    # While a run is evaluated it may go on: not all ranks see its newest and its oldest.
+    common = [path for path in found if all(path.name in names for names in seen)]
+    if step is not None:
+        common = [path for path in common if step_of(path) == step]
+        if not common:
+            steps = sorted(map(step_of, found))
+            raise CheckpointError(
+                f"{folder} has no checkpoint of step {step}; it has {steps or 'none'}"
+            )
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(common):
+        checkpoint, reason = _verdict(path, topology, model, needs)
+        if checkpoint is None:
+            damaged.append((path, reason))
+            continue
+        if damaged:
+            _tell(damaged, checkpoint, topology, fallback, is_training)
+        return Choice(checkpoint, [path for path, _ in damaged])
+    if not damaged:
+        return None
+    rest = "no other checkpoint is intact; bring the file back from a copy, or give another run_dir"
+    if step is not None:
+        rest = "give another --eval.step, or leave it out for the newest"
+    raise CheckpointError(f"{damaged[0][1]}; {rest}")
+
+
+def set_aside(folders: Iterable[Path]) -> None:
+    """Renames damaged checkpoints, so that they neither count nor are met again. Raises
+    CheckpointError where that is not allowed."""
+    for path in folders:
+        name, number = f"{path.name}.damaged", 1
+        while (path.parent / name).exists():
+            number += 1
+            name = f"{path.name}.damaged-{number}"
+        try:
+            os.rename(path, path.parent / name)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} is damaged and cannot be renamed to {name} ({error.strerror})"
+            ) from None
+
+
+def _verdict(
+    path: Path, topology: Topology, model: Mapping[str, Any], needs: Needs
+) -> tuple[Checkpoint | None, str]:
+    """(the checkpoint, "") if it is intact for every rank, else (None, the first rank's reason)."""
+    checkpoint, reason = None, None
+    try:
+        checkpoint = Checkpoint(path, read_manifest(path))
+        checkpoint.check_sizes()
+        checkpoint.check_fits(model)
+        for file in needs(checkpoint):
+            checkpoint.check(file)
+    except CheckpointError as error:
+        reason = str(error)
+    reasons = [str(told) for told in topology.gather(reason) if told is not None]
+    return (None, reasons[0]) if reasons else (checkpoint, "")
+
+
+def _tell(
+    damaged: list[tuple[Path, str]],
+    intact: Checkpoint,
+    topology: Topology,
+    fallback: bool,
+    is_training: bool,
+) -> None:
+    """Warns that an older checkpoint is used, on rank 0; raises CheckpointError where it may not
+    be."""
+    reason, use = damaged[0][1], "continue from" if is_training else "use"
+    if not fallback:
+        raise CheckpointError(
+            f"{reason}; step {intact.step} is intact: add --checkpoint.fallback true to {use} it"
+        )
+    if topology.is_coordinator:
+        end = "; what is damaged gets the ending .damaged" if is_training else ""
+        print(
+            f"warning: {reason}; step {intact.step} is the newest intact one and is used{end}",
+            file=sys.stderr,
+        )
