@@ -115,6 +115,10 @@ class Monitor(AbstractContextManager["Monitor"]):
             tag = f"noise/sigma_cross_entropy/block{histogram['block']}"
             self._draw(tag, image, step)
 
+    def has_recorded(self, step: int) -> bool:
+        """Whether all reporters have come as far, so that the step's line is written."""
+        return min(self._last_step_of_rank.values()) >= step
+
     def message(self, text: str) -> None:
         _print(self._console, text)
 

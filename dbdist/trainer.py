@@ -108,6 +108,7 @@ class Trainer:
         self.monitor = monitor
         if monitor is not None:
             self.writer.warn = monitor.warn
+            self.writer.is_recorded = self._is_recorded
         if self.topology.is_coordinator:
             self.writer.clean()
         self.topology.barrier()
@@ -330,6 +331,11 @@ class Trainer:
         for rank, record in self._mailbox.collect():
             if self.monitor is not None:
                 self.monitor.record(rank, record["step"], record["scalars"], record["histogram"])
+
+    def _is_recorded(self, step: int) -> bool:
+        """On rank 0: whether metrics.jsonl holds what every rank recorded up to this step."""
+        self._collect()
+        return self.monitor is None or self.monitor.has_recorded(step)
 
     def _about(self, step: int) -> dict[str, Any]:
         """What a checkpoint's manifest says beside its files."""
