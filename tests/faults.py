@@ -1,8 +1,8 @@
 """`torchrun … tests/faults.py PLAN OPTION …`: dbdist.train, whose ranks kill themselves at exact
 moments.
 
-PLAN is a JSON file, a list with an entry for each attempt of torchrun: null, or the rank that dies,
-the moment, and how often that has to come. Attempts beyond the list run undisturbed.
+PLAN is a JSON file, a list with an entry for each attempt of torchrun: the rank that dies, the
+moment, and how often that has to come. Without a moment, or beyond the list, none does.
 """
 
 import json
@@ -63,7 +63,7 @@ def arm(moment, count):
 if __name__ == "__main__":
     plan = json.loads(Path(sys.argv[1]).read_text())
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    fault = plan[attempt] if attempt < len(plan) else None
-    if fault is not None and fault["rank"] == int(os.environ["RANK"]):
+    fault = plan[attempt] if attempt < len(plan) else {"moment": None}
+    if fault["moment"] is not None and fault["rank"] == int(os.environ["RANK"]):
         arm(fault["moment"], fault["count"])
     record(main)(sys.argv[2:])

@@ -63,7 +63,8 @@ MAX_GROWTH = 0.02
 TICK_S = 0.1
 MAX_WAIT_S = 20.0
 """For a moment to kill at; then any is taken."""
-ENDLESS = ("--train.max_steps", "1000000", "--train.schedule", "constant")
+ENDLESS = "1000000"
+"""Steps; more than there is time for."""
 READY = "Who owns what"
 
 
@@ -184,9 +185,12 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--run_dir", default="runs/soak", help="a new one (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     given, rest = parser.parse_known_args(argv)
-    rest += ["--run_dir", given.run_dir, *ENDLESS]
+    rest += ["--run_dir", given.run_dir, "--train.max_steps", ENDLESS]
     if not any(word.split("=")[0] == "--parallel.timeout_s" for word in rest):
         rest += ["--parallel.timeout_s", "20"]
+    config = parse_config("dbdist.bench.soak", "", rest)
+    if config.train.schedule == "cosine":
+        rest += ["--train.schedule_steps", ENDLESS]
     config = parse_config("dbdist.bench.soak", "", rest).validate()
     if config.mode != "block_parallel":
         raise UserError("mode must be block_parallel: it is ranks that are lost")
