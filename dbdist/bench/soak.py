@@ -72,15 +72,25 @@ class Launcher:
     """torchrun on this machine, with all that descends from it: it gives its ranks sessions of
     their own, so a mark in their environment tells them."""
 
-    def __init__(self, num_ranks: int, words: Iterable[str], log: Path, max_restarts: int) -> None:
-        """words: `-m MODULE` or a script, and its options. log: for what they print."""
+    def __init__(
+        self,
+        num_ranks: int,
+        words: Iterable[str],
+        log: Path,
+        max_restarts: int,
+        rendezvous: str = "--standalone",
+        **variables: str,
+    ) -> None:
+        """words: `-m MODULE` or a script, and its options. log: for what they print. variables:
+        more environment."""
         self.mark = f"DBDIST_SOAK={uuid.uuid4().hex}"
         self.log = log
-        torchrun = "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"
+        torchrun = "-m", "torch.distributed.run", rendezvous, f"--nproc_per_node={num_ranks}"
         restarts = f"--max-restarts={max_restarts}"
+        set_to = [f"{name}={value}" for name, value in variables.items()]
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                ["env", self.mark, sys.executable, *torchrun, restarts, *words],
+                ["env", self.mark, *set_to, sys.executable, *torchrun, restarts, *words],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
