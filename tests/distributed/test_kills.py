@@ -23,8 +23,14 @@ WORDS = (
     "--train.schedule_steps 160 --train.warmup_steps 5 --train.log_every 3 "
     "--checkpoint.every_steps 7 --eval.every_steps 20"
 ).split()
-OF_RANK_0 = ("claiming the run directory", "before the manifest", "after the manifest",
-             "before a line of metrics", "after a line of metrics")  # fmt: skip
+OF_RANK_0 = (
+    "in a broadcast",
+    "claiming the run directory",
+    "before the manifest",
+    "after the manifest",
+    "before a line of metrics",
+    "after a line of metrics",
+)
 COUNTS = {
     "before a broadcast": 4,
     "in a broadcast": 9,
@@ -40,7 +46,8 @@ CLOCKS = re.compile(r"time_s|perf/.*|memory/.*")
 
 
 def plan_of(seed):
-    """What happens in each attempt: every moment once, and six kills from outside at any time."""
+    """What happens in each attempt: every moment once, and thrice two ranks are killed at once,
+    from outside and at any time."""
     draw = random.Random(seed)
     plan = [
         {
@@ -50,14 +57,15 @@ def plan_of(seed):
         }
         for moment in MOMENTS
     ]
-    outside = [{"rank": draw.randrange(3), "after_s": draw.uniform(2, 9)} for _ in range(6)]
-    plan += [{"moment": None, **kill} for kill in outside]
+    for after_s in (draw.uniform(0, 4), draw.uniform(2, 6), draw.uniform(4, 9)):
+        plan.append({"moment": None, "ranks": draw.sample(range(3), 2), "after_s": after_s})
     draw.shuffle(plan)
     return plan
 
 
 def kill_from_outside(launcher, plan):
-    """Does what the plan leaves to us, until the run is over."""
+    """Does what the plan leaves to us, until the run is over; (kills, number of the last
+    attempt)."""
     kills, attempt = 0, -1
     while launcher.process.poll() is None:
         time.sleep(0.05)
@@ -68,10 +76,10 @@ def kill_from_outside(launcher, plan):
         attempt = now
         if attempt < len(plan) and plan[attempt]["moment"] is None:
             time.sleep(plan[attempt]["after_s"])
-            victim = plan[attempt]["rank"]
-            if launcher.ranks().get(victim) in ranks:
-                send(launcher.ranks()[victim], signal.SIGKILL)
-                kills += 1
+            victims = [p for p, v in ranks.items() if int(v["RANK"]) in plan[attempt]["ranks"]]
+            kills += len(marked(launcher.mark).keys() & victims)
+            for pid in victims:
+                send(pid, signal.SIGKILL)
     return kills, attempt
 
 
@@ -118,7 +126,7 @@ def test_a_run_that_loses_a_rank_twenty_times_leaves_what_an_untouched_one_leave
     untouched, tmp_path
 ):
     plan, run_dir = plan_of(seed=0), tmp_path / "run"
-    assert len(plan) >= 20
+    assert len(MOMENTS) + 6 == 20
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     words = [f"{ROOT}/tests/faults.py", f"{tmp_path}/plan.json", *WORDS, "--run_dir", str(run_dir)]
     launcher = Launcher(3, words, tmp_path / "log", max_restarts=len(plan))
