@@ -16,7 +16,7 @@ Prints a table, and writes it as JSON to `--out`:
 - resident memory of every rank and of torchrun, looked at each second. Ranks are new processes
   after each restart, so a rank's memory is that of whichever process had its number: the largest
   in a minute. Growth is the largest minute after the first five over the largest of those five.
-- open files and threads in the same way, with each minute's median, as both rise for moments.
+- open files and threads in the same way, with each minute's median while it trains.
 
 Exit code 1 if memory or open files grew by more than 2 % (judged with more than five minutes), if a
 step is in metrics.jsonl twice, if torchrun ended early, or if a process or a socket was left. Linux
@@ -34,7 +34,7 @@ import sys
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -61,11 +61,14 @@ from dbdist.errors import Fault, UserError
 SETTLING_MINUTES = 5
 MAX_GROWTH = 0.02
 TICK_S = 0.1
+FAST_TICK_S = 0.002
+"""While a checkpoint's writing is waited for, which takes some 20 ms."""
 MAX_WAIT_S = 20.0
-"""For a moment to kill at; then any is taken."""
+"""For it; then the rank is killed anyway."""
 ENDLESS = "1000000"
 """Steps; more than there is time for."""
-READY = "Who owns what"
+STOP_S = 90.0
+READY = b"Who owns what"
 
 
 class Launcher:
@@ -96,6 +99,8 @@ class Launcher:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self._printed = log.open("rb")
+        self._num_starts = 0
 
     def ranks(self) -> dict[int, int]:
         """{rank: pid} of those that run now; without the processes that they have started."""
@@ -107,25 +112,33 @@ class Launcher:
 
     def num_starts(self) -> int:
         """How often rank 0 has been about to take its first step."""
-        return self.log.read_text(errors="replace").count(READY)
+        while (line := self._printed.readline()).endswith(b"\n"):
+            self._num_starts += READY in line
+        self._printed.seek(-len(line), os.SEEK_CUR)
+        return self._num_starts
 
-    def stop(self, timeout_s: float) -> int:
-        """Ends torchrun as `kill` does, and waits for it. Returns its exit code."""
+    def stop(self, timeout_s: float) -> int | None:
+        """Ends torchrun as `kill` does. Returns its exit code; None if it has not ended in time."""
         for pid in marked(self.mark):
             send(pid, signal.SIGCONT)
         self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout_s)
-        return self.process.poll() or 0
+        return self.process.poll()
 
-    def end(self) -> int:
-        """Ends whatever is left, and returns how many processes that were."""
-        left = marked(self.mark)
+    def end(self, patience_s: float = 0.0) -> int:
+        """Ends whatever is left, and returns how many processes that were after some seconds of
+        waiting."""
+        deadline = time.monotonic() + patience_s
+        while (left := marked(self.mark)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            self.process.poll()
         while found := marked(self.mark):
             for pid in found:
                 send(pid, signal.SIGKILL)
             time.sleep(0.05)
             self.process.poll()  # no zombie of ours stays
+        self._printed.close()
         return len(left)
 
 
@@ -145,7 +158,10 @@ class Blow:
 class Watch:
     """What was seen of the processes, in samples (minute, usage) by name: `rank 0`, `torchrun`."""
 
-    samples: dict[str, list[tuple[int, Usage]]] = field(default_factory=lambda: defaultdict(list))
+    samples: dict[str, list[tuple[int, Usage, bool]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    """The last says whether training had begun again."""
     sockets: set[Listener] = field(default_factory=set)
     attempts: set[int] = field(default_factory=set)
     """Processes that were rank 0."""
@@ -153,29 +169,43 @@ class Watch:
     restart_s: dict[str, list[float]] = field(default_factory=lambda: {"kill": [], "hang": []})
     """After each blow that the ranks have recovered from."""
     start: float = field(default_factory=time.monotonic)
+    _starts_before: int = 0
 
     def now(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self.start
 
+    def is_writing(self, run_dir: Path) -> bool:
+        """Whether a checkpoint is begun and not complete, which the last blow has not left so."""
+        since = time.time() - self.now() + max((blow.at_s for blow in self.blows), default=0.0)
+        with suppress(OSError):  # it has just been removed
+            for folder in step_folders(run_dir / "checkpoints")[-1:]:
+                if not (folder / MANIFEST).exists():
+                    return folder.stat().st_mtime > since
+        return False
+
     def look(self, launcher: Launcher) -> None:
         """Takes a sample."""
         minute = int(self.now() // 60)
         pids = {f"rank {rank}": pid for rank, pid in sorted(launcher.ranks().items())}
-        self.attempts |= {pids["rank 0"]} if "rank 0" in pids else set()
+        if (first := pids.get("rank 0")) is not None and first not in self.attempts:
+            self.attempts.add(first)
+            self._starts_before = launcher.num_starts()
+        is_training = launcher.num_starts() > self._starts_before
         for name, pid in (pids | {"torchrun": launcher.process.pid}).items():
             if (usage := usage_of(pid)) is not None:
-                self.samples[name].append((minute, usage))
+                self.samples[name].append((minute, usage, is_training))
         self.sockets |= listeners_of({*pids.values(), launcher.process.pid})
 
-    def levels(
-        self, name: str, key: str, of_minute: Callable[[list[float]], float]
-    ) -> dict[int, float]:
+    def levels(self, name: str, key: str) -> dict[int, float]:
         """One number for each minute."""
+        is_memory = key == "memory_mb"
         values: dict[int, list[float]] = defaultdict(list)
-        for minute, usage in self.samples[name]:
-            values[minute].append(getattr(usage, key))
-        return {minute: of_minute(of_it) for minute, of_it in sorted(values.items())}
+        for minute, usage, is_training in self.samples[name]:
+            if is_memory or is_training:
+                values[minute].append(getattr(usage, key))
+        level = max if is_memory else statistics.median
+        return {minute: level(of_it) for minute, of_it in sorted(values.items())}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -236,9 +266,9 @@ def soak(
         disturb(launcher, run_dir, 60 * minutes, every_s, random.Random(seed), watch)
         wall_s = watch.now()
         early = launcher.process.poll()
-        exit_code = launcher.stop(timeout_s=90.0)
+        exit_code = launcher.stop(STOP_S)
     finally:
-        left = launcher.end()
+        left = launcher.end(patience_s=5.0)
     inodes = {listener.inode for listener in listeners()}
     open_sockets = [f"{s.address}:{s.port}" for s in watch.sockets if s.inode in inodes]
     steps, repeated, useful_s = read_metrics(run_dir)
@@ -266,6 +296,7 @@ def soak(
     }
     result["faults"] = [
         *([f"torchrun ended by itself with exit code {early}"] if early is not None else []),
+        *([f"torchrun did not end within {STOP_S:g} s of SIGTERM"] if exit_code is None else []),
         *([f"steps {repeated[:5]} are in metrics.jsonl twice"] if repeated else []),
         *([f"{left} processes were left"] if left else []),
         *([f"{open_sockets} were left open"] if open_sockets else []),
@@ -292,7 +323,7 @@ def disturb(
         return watch.now() + (every_s[kind] * draw.uniform(0.5, 1.5) or float("inf"))
 
     due = {kind: due_after(kind) for kind in every_s}
-    next_look = 0.0
+    next_look, wait_until = 0.0, 0.0
     pending: Blow | None = None
     while watch.now() < seconds and launcher.process.poll() is None:
         if watch.now() >= next_look:
@@ -302,31 +333,27 @@ def disturb(
             watch.restart_s[pending.kind].append(watch.now() - pending.at_s)
             pending = None
         for kind in [kind for kind, at_s in due.items() if watch.now() >= at_s]:
-            due[kind] = due_after(kind)
+            is_writing = wait_until > 0 and watch.is_writing(run_dir)
             if pending is not None and pending.kind == "hang":
-                continue  # it is to be noticed, not relieved
-            moment = "any moment"
-            if kind == "kill" and draw.random() < 0.5:
-                moment = wait_for_writing(run_dir, min(MAX_WAIT_S, seconds - watch.now()))
-            starts = launcher.num_starts()
-            if ranks := launcher.ranks():
-                rank = draw.choice(sorted(ranks))
-                send(ranks[rank], signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
-                pending = Blow(at_s=watch.now(), kind=kind, moment=moment, rank=rank, starts=starts)
-                watch.blows.append(pending)
-        time.sleep(TICK_S)
-
-
-def wait_for_writing(run_dir: Path, timeout_s: float) -> str:
-    """Returns when a checkpoint is being written, or after some time; says which."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        with suppress(OSError):  # it has just been removed
-            for folder in step_folders(run_dir / "checkpoints")[-1:]:
-                if not (folder / MANIFEST).exists():
-                    return "writing a checkpoint"
-        time.sleep(0.001)
-    return "any moment"
+                due[kind] = due_after(kind)  # it is to be noticed, not relieved
+            elif kind == "kill" and wait_until == 0 and draw.random() < 0.5:
+                wait_until = watch.now() + MAX_WAIT_S
+            elif kind == "hang" or is_writing or watch.now() >= wait_until:
+                due[kind] = due_after(kind)
+                wait_until = 0.0 if kind == "kill" else wait_until
+                starts = launcher.num_starts()
+                if ranks := launcher.ranks():
+                    rank = draw.choice(sorted(ranks))
+                    send(ranks[rank], signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+                    pending = Blow(
+                        at_s=watch.now(),
+                        kind=kind,
+                        moment="writing a checkpoint" if is_writing else "any moment",
+                        rank=rank,
+                        starts=starts,
+                    )
+                    watch.blows.append(pending)
+        time.sleep(FAST_TICK_S if wait_until else TICK_S)
 
 
 def send(pid: int, number: signal.Signals) -> None:
@@ -352,13 +379,9 @@ def usages(watch: Watch, settling_minutes: int | None) -> list[dict[str, Any]]:
     """For each process and kind of usage the level of every minute, and the growth; None where the
     time was too short to tell."""
     rows: list[dict[str, Any]] = []
-    for key, of_minute in (
-        ("memory_mb", max),
-        ("open_files", statistics.median),
-        ("threads", statistics.median),
-    ):
+    for key in ("memory_mb", "open_files", "threads"):
         for name in sorted(watch.samples):
-            levels = watch.levels(name, key, of_minute)
+            levels = watch.levels(name, key)
             split = settling_minutes or len(levels)
             first = [level for minute, level in levels.items() if minute < split]
             later = [level for minute, level in levels.items() if minute >= split]
