@@ -266,7 +266,7 @@ def soak(
         disturb(launcher, run_dir, 60 * minutes, every_s, random.Random(seed), watch)
         wall_s = watch.now()
         early = launcher.process.poll()
-        exit_code = launcher.stop(STOP_S)
+        exit_code, starts = launcher.stop(STOP_S), launcher.num_starts()
     finally:
         left = launcher.end(patience_s=5.0)
     inodes = {listener.inode for listener in listeners()}
@@ -280,7 +280,7 @@ def soak(
         "moments": dict(Counter(blow.moment for blow in watch.blows)),
         "hangs": sum(blow.kind == "hang" for blow in watch.blows),
         "restarts": max(0, len(watch.attempts) - 1),
-        "starts": launcher.num_starts(),
+        "starts": starts,
         "steps": steps,
         "useful_s": useful_s,
         "goodput": useful_s / wall_s,
