@@ -24,6 +24,7 @@ alone: it reads /proc.
 """
 
 import json
+import math
 import os
 import platform
 import random
@@ -382,7 +383,7 @@ def usages(watch: Watch, settling_minutes: int | None) -> list[dict[str, Any]]:
     for key in ("memory_mb", "open_files", "threads"):
         for name in sorted(watch.samples):
             levels = watch.levels(name, key)
-            split = settling_minutes or len(levels)
+            split = math.inf if settling_minutes is None else settling_minutes
             first = [level for minute, level in levels.items() if minute < split]
             later = [level for minute, level in levels.items() if minute >= split]
             growth = max(later) / max(first) - 1 if first and later else None
