@@ -49,6 +49,9 @@ class CheckpointWriter:
         self.keep_last = keep_last
         self.warn: Callable[[str], None] = lambda text: print(f"warning: {text}", file=sys.stderr)
         """Shows one line about a checkpoint that was given up."""
+        self.is_recorded: Callable[[int], bool] = lambda step: True
+        """On the coordinator: whether the metrics up to a step are in their file. Its checkpoint is
+        complete no sooner: who continues from it would never write them."""
         self._topology = topology
         self._writers = writers
         self._mailbox = Mailbox(topology, "checkpoints")
@@ -150,7 +153,7 @@ class CheckpointWriter:
         for rank, part in self._mailbox.collect() if self._about else ():
             self._arrived.setdefault(part["step"], {})[rank] = part
         for step in sorted(self._about):
-            if self._arrived.get(step, {}).keys() >= self._writers:
+            if self._arrived.get(step, {}).keys() >= self._writers and self.is_recorded(step):
                 job = partial(self._complete, step, self._arrived.pop(step), self._about.pop(step))
                 self._completing[step] = self._background.start(job)
         failures: list[tuple[int, str]] = []
@@ -182,6 +185,8 @@ class CheckpointWriter:
         missing = sorted(self._writers - self._arrived.get(step, {}).keys())
         if step in self._completing:
             return f"checkpoint of step {step}: the manifest is not written"
+        if not missing:
+            return f"checkpoint of step {step}: a rank's metrics have not arrived"
         return f"checkpoint of step {step}: rank {missing[0]} did not write its part"
 
     # In the background

@@ -117,6 +117,14 @@ class Monitor(AbstractContextManager["Monitor"]):
             tag = f"noise/sigma_cross_entropy/block{histogram['block']}"
             self._draw(tag, image, step)
 
+    def has_recorded(self, step: int) -> bool:
+        """Whether all reporters have come as far; then what they recorded is in the files."""
+        if min(self._last_step_of_rank.values()) < step:
+            return False
+        with self._surviving("tensorboard"):
+            self._tensorboard.writer.flush()
+        return True
+
     def message(self, text: str) -> None:
         _print(self._console, text)
 
@@ -244,17 +252,22 @@ class _MetricsFile:
     """metrics.jsonl, cut after `start_step`: steps ascend, and the last line may be amended."""
 
     def __init__(self, path: Path, start_step: int) -> None:
-        found = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        kept: list[tuple[bytes, Json]] = []
-        for line in found:
-            with suppress(ValueError):  # not JSON: torn
-                if (values := json.loads(line))["step"] <= start_step and line.endswith(b"\n"):
-                    kept.append((line, values))
-        if len(kept) < len(found):
-            temporary = path.with_suffix(".jsonl.tmp")
-            temporary.write_bytes(b"".join(line for line, _ in kept))
-            os.replace(temporary, path)
-        last_line, self._last = kept[-1] if kept else (b"", {"step": -1, "time_s": 0.0})
+        last_line, self._last = b"", {"step": -1, "time_s": 0.0}
+        temporary = path.with_suffix(".jsonl.tmp")
+        num_dropped = 0
+        if path.exists():
+            # A line at a time: the file of a long run is long.
+            with path.open("rb") as found, temporary.open("wb") as kept:
+                for line in found:
+                    if (values := _values_until(start_step, line)) is None:
+                        num_dropped += 1
+                    else:
+                        kept.write(line)
+                        last_line, self._last = line, values
+            if num_dropped:
+                os.replace(temporary, path)
+            else:
+                temporary.unlink()
         self._file = path.open("ab", buffering=0)
         self._offset = self._file.tell() - len(last_line)  # where the last line starts
         self._is_written = True
@@ -288,6 +301,14 @@ class _MetricsFile:
             self._file.truncate(self._offset)  # no half line stays
             raise
         self._is_written = True
+
+
+def _values_until(step: int, line: bytes) -> Json | None:
+    """The values of a line of metrics.jsonl; None if it is torn or of a later step."""
+    with suppress(ValueError):  # not JSON
+        if (values := json.loads(line))["step"] <= step and line.endswith(b"\n"):
+            return values
+    return None
 
 
 @dataclass

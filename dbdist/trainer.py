@@ -135,6 +135,7 @@ class Trainer:
         self.monitor = monitor
         if monitor is not None:
             self.writer.warn = monitor.warn
+            self.writer.is_recorded = self._is_recorded
         if self.topology.is_coordinator:
             self.writer.clean()
         self.topology.barrier()
@@ -476,6 +477,11 @@ class Trainer:
                 self.monitor.warn(record["warning"])
             else:
                 self.monitor.record(rank, record["step"], record["scalars"], record["histogram"])
+
+    def _is_recorded(self, step: int) -> bool:
+        """On rank 0: whether metrics.jsonl holds what every rank recorded up to this step."""
+        self._collect()
+        return self.monitor is None or self.monitor.has_recorded(step)
 
     def _about(self, step: int) -> dict[str, Any]:
         """What a checkpoint's manifest says beside its files."""

@@ -20,14 +20,20 @@ if [[ "${NNODES:-1}" != 1 ]]; then
   : "${RDZV_ENDPOINT:?is not set: HOST:PORT at which the $NNODES nodes meet}"
 fi
 
-# c10d: the nodes need no numbers (their addresses order the ranks), and meet again after a restart. A port of 0 is any
-# free one, which only one node can know.
+# One node keeps to itself: dbdist's own rendezvous (parallel/loopback.py) listens on 127.0.0.1, at a free port, where
+# torchrun's listens on every interface. Several need c10d: the nodes need no numbers (their addresses order the ranks),
+# and meet again after a restart.
+if [[ "${NNODES:-1}" == 1 && -z "${RDZV_ENDPOINT:-}" ]]; then
+  rendezvous=(--rdzv-backend=loopback)
+else
+  rendezvous=(--rdzv-backend=c10d --rdzv-endpoint="${RDZV_ENDPOINT:-localhost:0}")
+fi
+
 # A session of its own: Ctrl-C comes here alone.
 setsid torchrun \
   --nnodes="${NNODES:-1}" \
   --nproc-per-node="$NPROC_PER_NODE" \
-  --rdzv-backend=c10d \
-  --rdzv-endpoint="${RDZV_ENDPOINT:-localhost:0}" \
+  "${rendezvous[@]}" \
   --rdzv-id="${RDZV_ID:-dbdist}" \
   --max-restarts="${MAX_RESTARTS:-0}" \
   ${LOCAL_ADDR:+--local-addr="$LOCAL_ADDR"} \

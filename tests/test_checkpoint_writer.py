@@ -15,7 +15,7 @@ from ranks import config_of
 
 from dbdist.bench.save import measure
 from dbdist.bench.step import write_random_cifar100
-from dbdist.checkpoint import find_checkpoint
+from dbdist.checkpoint import complete_folders, find_checkpoint
 from dbdist.checkpoint_writer import CheckpointWriter
 from dbdist.cli import parse_config
 from dbdist.data import load_dataset
@@ -112,6 +112,19 @@ def test_a_save_waits_for_the_one_before_and_takes_the_same_memory(tmp_path, bus
     writer.finish(10.0)
     for step in (1, 2, 3):
         assert_holds(tmp_path, step)
+
+
+def test_a_checkpoint_is_complete_only_when_the_metrics_up_to_it_are_written(tmp_path):
+    writer, _ = writer_of(tmp_path)
+    recorded: list[int] = []
+    writer.is_recorded = recorded.__contains__
+    writer.save(1, files(1), ABOUT)
+    with pytest.raises(CheckpointError, match="step 1: a rank's metrics have not arrived"):
+        writer.finish(0.5)
+    writer.save(2, files(2), ABOUT)
+    recorded.append(2)
+    writer.finish(10.0)
+    assert [path.name for path in complete_folders(tmp_path / "checkpoints")] == ["step-00000002"]
 
 
 def test_only_the_callers_thread_communicates(tmp_path, monkeypatch):

@@ -90,6 +90,18 @@ def test_a_step_that_only_one_rank_reports_is_written_when_the_others_have_passe
     monitor.close()
 
 
+def test_what_all_reporters_have_recorded_is_in_the_files_for_a_process_that_is_killed(tmp_path):
+    monitor, _ = build_monitor(tmp_path)
+    monitor.record(1, 10, loss(1))
+    assert not monitor.has_recorded(10)
+    monitor.record(0, 10, loss(0))
+    assert monitor.has_recorded(10)
+    assert not monitor.has_recorded(11)
+    assert [line["step"] for line in read_lines(tmp_path)] == [10]
+    (event,) = read_tensorboard(tmp_path).Scalars("train/loss/block0")
+    assert event.step == 10
+
+
 def test_incomplete_steps_are_written_in_order_on_close_and_close_may_repeat(tmp_path):
     monitor, _ = build_monitor(tmp_path)
     for step in (1, 2, 3):
@@ -184,6 +196,7 @@ def test_resume_cuts_later_steps_and_a_torn_line_and_has_no_step_twice(tmp_path)
         file.write(b'{"step": 3, "time_s": 0.1, "train/lo')
     kept = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:4]
 
+    time.sleep(1)  # TensorBoard orders its files by the second in which they were begun
     resumed, _ = build_monitor(tmp_path, reporters=(0,), start=4)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(kept)
     resumed.record(0, 4, {"val/accuracy": 0.5})  # amends the line of the first process

@@ -48,6 +48,8 @@ class Launch:
     """Restarts so far, as this node counts them: torchrun's agents count their own ranks' failures
     alone."""
     node: int = 0
+    fills_its_node: bool = False
+    """Whether the launcher said that all ranks are here."""
 
     @staticmethod
     def from_environment() -> "Launch":
@@ -65,6 +67,7 @@ class Launch:
         local_rank = _number("LOCAL_RANK", default=-1)
         # LOCAL_SIZE and CROSS_RANK are the DeepSpeed launcher's; without either there is one node.
         local_world_size = _number("LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=-1)
+        fills_its_node = local_world_size == world_size
         if local_world_size < 0:
             if local_rank not in (-1, rank):
                 raise TopologyError(
@@ -89,6 +92,7 @@ class Launch:
             local_world_size,
             _number("TORCHELASTIC_RESTART_COUNT", default=0),
             _number("GROUP_RANK", "CROSS_RANK", default=rank // local_world_size),
+            fills_its_node,
         )
 
     def store(self, timeout_s: float) -> dist.Store:
@@ -444,6 +448,8 @@ def build_topology(
         torch.cuda.set_device(device)
     if launch.world_size == 1:
         return Topology(layout, device=device)
+    if launch.fills_its_node:
+        _keep_to_the_loopback_interface()
     store = store or launch.store(timeout_s)
     has_nccl = device.type == "cuda" and dist.is_nccl_available()
     dist.init_process_group(
@@ -478,6 +484,13 @@ def build_topology(
         replica_group,
         uses_nccl,
     )
+
+
+def _keep_to_the_loopback_interface() -> None:
+    """For gloo, which else listens on the host's own address, unless the user names another."""
+    names = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}  # Linux; macOS and BSD
+    if names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names.pop())
 
 
 def _every_rank_has_its_own_gpu(device: torch.device | None, world_size: int) -> bool:

@@ -73,7 +73,7 @@ def test_without_a_launcher_there_is_one_process(environment):
         pytest.param({"RANK": 2, "WORLD_SIZE": 3}, Launch(2, 3, 2, 3), id="by hand, one node"),
         pytest.param(
             {"RANK": 2, "WORLD_SIZE": 4, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 4, "GROUP_RANK": 0},
-            Launch(2, 4, 0, 4),
+            Launch(2, 4, 0, 4, fills_its_node=True),
             id="torchrun --virtual-local-rank",
         ),
         pytest.param({"RANK": 0, "WORLD_SIZE": 1}, Launch(0, 1, 0, 1), id="a world of one"),
