@@ -1,14 +1,15 @@
 """RUN/checkpoints: one folder a step, one safetensors file a block, the manifest last.
 
 Files are named by block, never by rank, and tensors by parameter, so any topology may read what any
-other wrote. The manifest holds every file's size and SHA-256; a folder without one is no
-checkpoint. Nothing that is read can execute code. Here is the reading; `checkpoint_writer` writes.
+other wrote. The manifest holds every file's size and SHA-256; a folder without one, and without the
+parts of all blocks (`parts`), is no checkpoint. Nothing that is read can execute code. Here is the
+reading; `checkpoint_writer` writes.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from dbdist.errors import CheckpointError
 from dbdist.inference import load_weights
+from dbdist.parts import assemble, blocks_in, differences, has_all
 
 FORMAT = "dbdist-checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
+_HEAD = {"format": FORMAT, "version": VERSION}
 SHARED = "shared.safetensors"
 PREFIX = "shared."
 """In a block's file, before the names of shared modules that this block keeps for itself."""
@@ -106,34 +109,57 @@ class Checkpoint:
             )
 
 
-def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) of everything in `new` that `old` has otherwise."""
-    if isinstance(old, dict) and isinstance(new, Mapping):
-        for name, value in new.items():
-            yield from differences(old.get(name), value, f"{key}.{name}" if key else name)
-    elif old != new:
-        yield key, old, new
-
-
 def find_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint | None:
     """The complete checkpoint of this step, or the newest; None where there is none."""
     folder = run_dir / "checkpoints"
-    found = {int(m[1]): p for p in step_folders(folder) if (m := FOLDER.fullmatch(p.name))}
-    complete = [s for s, path in found.items() if (path / MANIFEST).is_file()]
+    complete = {step_of(path): path for path in complete_folders(folder)}
     if step is not None and step not in complete:
         raise CheckpointError(
             f"{folder} has no checkpoint of step {step}; it has {sorted(complete) or 'none'}"
         )
     if not complete:
         return None
-    path = found[step if step is not None else max(complete)]
+    path = complete[step if step is not None else max(complete)]
+    return Checkpoint(path, read_manifest(path))
+
+
+def find_blocks(run_dir: Path, blocks: Iterable[int]) -> Checkpoint | None:
+    """The newest step that all these blocks have saved, whatever the others have: a checkpoint of
+    these blocks alone. None where there is none."""
+    wanted = set(blocks)
+    for path in sorted(step_folders(run_dir / "checkpoints"), key=step_of, reverse=True):
+        if wanted <= set(blocks_in(path)):
+            return Checkpoint(path, {**_HEAD, **assemble(path, sorted(wanted))})
+        if (path / MANIFEST).is_file():
+            checkpoint = Checkpoint(path, read_manifest(path))
+            if all(checkpoint.has(block_file(block)) for block in wanted):
+                return checkpoint
+    return None
+
+
+def newest_steps(run_dir: Path, num_blocks: int) -> list[int | None]:
+    """The newest step that each block has saved; None for one that has none."""
+    steps: list[int | None] = [None] * num_blocks
+    for path in sorted(step_folders(run_dir / "checkpoints"), key=step_of):
+        has_manifest = (path / MANIFEST).is_file()
+        for block in range(num_blocks) if has_manifest else blocks_in(path):
+            if block < num_blocks:
+                steps[block] = step_of(path)
+    return steps
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a step's folder: manifest.json, or what the parts of all blocks are together.
+    Raises CheckpointError for a damaged one."""
+    if not (path / MANIFEST).is_file():
+        if not has_all(path):
+            raise CheckpointError(f"{path} is incomplete: it has neither {MANIFEST} nor all parts")
+        return {**_HEAD, **assemble(path)}
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         readable = manifest["format"] == FORMAT and manifest["version"] == VERSION
         readable = (
-            readable
-            and manifest["step"] == (step if step is not None else max(complete))
-            and isinstance(manifest["model"], dict)
+            readable and manifest["step"] == step_of(path) and isinstance(manifest["model"], dict)
         )
         for entry in manifest["files"].values():
             readable = (
@@ -147,7 +173,7 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint | None
             f"{path / MANIFEST} is damaged, of another step or not {FORMAT} version {VERSION}; "
             "remove this folder to fall back on an older checkpoint"
         )
-    return Checkpoint(path, manifest)
+    return manifest
 
 
 def _sha256(path: Path) -> str:
@@ -163,7 +189,16 @@ def step_folders(folder: Path) -> list[Path]:
         return []
 
 
+def step_of(path: Path) -> int:
+    """Of a folder that is named like a checkpoint."""
+    return int(path.name.removeprefix("step-"))
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a step's folder holds all blocks: by its manifest, or by a part of each."""
+    return (path / MANIFEST).is_file() or has_all(path)
+
+
 def complete_folders(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    complete = [path for path in step_folders(folder) if (path / MANIFEST).is_file()]
-    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted((path for path in step_folders(folder) if is_complete(path)), key=step_of)

@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -226,10 +227,13 @@ def _with_values(argv: list[str]) -> list[str]:
 
 def write_yaml(config: Config, path: Path) -> None:
     """The resolved configuration, readable by --config."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # others may write too
     values = _plain(dataclasses.asdict(config))
-    partial.write_text(yaml.dump(values, Dumper=_QuotingDumper, sort_keys=False))
-    os.replace(partial, path)
+    try:
+        partial.write_text(yaml.dump(values, Dumper=_QuotingDumper, sort_keys=False))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class _QuotingDumper(yaml.SafeDumper):

@@ -222,13 +222,16 @@ class RankState:
         """The inverse of `files`, whichever topology wrote them. Raises CheckpointError."""
         checkpoint.check_fits(describe_model(self.config, self.spec))
         sync, shared = self.sync, self.shared_parameters
-        if isinstance(sync, Averaged) or not self._is_private:
+        if isinstance(sync, Averaged) and not checkpoint.has(SHARED):
+            if self.topology.is_coordinator:
+                fill(self.shared, mean_shared(checkpoint, self.config.num_blocks), checkpoint.path)
+        elif isinstance(sync, Averaged) or not self._is_private:
             fill(self.shared, checkpoint.tensors(SHARED), checkpoint.path / SHARED)
         if isinstance(sync, Averaged):
             with torch.no_grad():
                 for name, tensor in sync.anchor.items():
                     tensor.copy_(shared[name])
-            if sync.outer is not None:
+            if sync.outer is not None and checkpoint.has(optimizer_file(SHARED)):
                 state = unflatten(checkpoint.tensors(optimizer_file(SHARED)))
                 load_state(sync.outer, sync.anchor, state)
         elif not self._is_private and sync.optimizer is not None:
@@ -304,7 +307,8 @@ class RankState:
 
     def _build_sync(self) -> SharedSync:
         p, topology = self.config.parallel, self.topology
-        if self.config.mode != "block_parallel" or p.sync == "never":
+        is_alone = p.sync == "never" or p.blocks is not None
+        if self.config.mode != "block_parallel" or is_alone:
             return Private(self._adamw(self.shared.parameters()))
         if p.coordinator == "sharded":
             return Sharded(topology, self.shared, self._adamw)
@@ -315,6 +319,16 @@ class RankState:
         return Averaged(
             topology, self.shared, optimizer, p.sync_every, p.outer_lr, p.outer_momentum
         )
+
+
+def mean_shared(checkpoint: Checkpoint, num_blocks: int) -> dict[str, Tensor]:
+    """The mean of the blocks' own shared modules: the common parameters of blocks that were saved
+    by themselves. Summed in block order, as `coordinator` does. Raises CheckpointError."""
+    total: dict[str, Tensor] = {}
+    for block in range(num_blocks):
+        _, private = split_private(checkpoint.tensors(block_file(block)))
+        total = {name: total[name] + t if total else t for name, t in private.items()}
+    return {name: tensor / num_blocks for name, tensor in total.items()}
 
 
 def describe_model(config: Config, spec: DatasetSpec) -> dict[str, Any]:

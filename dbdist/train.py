@@ -8,6 +8,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from dbdist import build
+from dbdist.checkpoint import SHARED, Checkpoint, find_checkpoint, newest_steps
 from dbdist.cli import guarded, parse_config
 from dbdist.config import Config
 from dbdist.data import dataset_spec, load_dataset, prepare
@@ -40,8 +41,8 @@ def run(argv: list[str]) -> None:
         topology.close()
 
 
-def train(config: Config, topology: Topology) -> Evaluation:
-    """Sets a run up on this rank and trains it. Collective."""
+def train(config: Config, topology: Topology) -> Evaluation | None:
+    """Sets a run up on this rank and trains it. None for some blocks of a model. Collective."""
     start = time.perf_counter()
     run_dir = Path(config.run_dir)
     with topology.agree("opening the run directory"):  # first: it takes no time
@@ -75,25 +76,53 @@ def train(config: Config, topology: Topology) -> Evaluation:
             set(range(topology.world_size)),
             trainer.start_step,
             trainer.max_steps,
+            blocks=config.trained_blocks,
         )
         monitor.ownership(rows)  # type: ignore[arg-type]
         if checkpoint is not None:
             monitor.message(f"continuing from step {checkpoint.step} ({checkpoint.path})")
+        tell_of_parts(config, checkpoint, monitor)
     try:
         evaluation = trainer.fit(monitor)
         peaks = topology.gather(peak_memory_mb(topology.device))
-        if monitor is not None:
+        elapsed_s, peak_mb = time.perf_counter() - start, dict(enumerate(peaks))
+        if monitor is not None and evaluation is None:
+            steps, complete = newest_steps(run_dir, config.num_blocks), find_checkpoint(run_dir)
+            monitor.summary_of_blocks(steps, complete and complete.step, elapsed_s, peak_mb)  # type: ignore[arg-type]
+        elif monitor is not None and evaluation is not None:
             write_evaluation(run_dir, evaluation)
             monitor.summary(
                 evaluation.accuracy,
                 evaluation.accuracy_after_block,
-                time.perf_counter() - start,
-                dict(enumerate(peaks)),  # type: ignore[arg-type]
+                elapsed_s,
+                peak_mb,  # type: ignore[arg-type]
             )
     finally:
         if monitor is not None:
             monitor.close()
     return evaluation
+
+
+def tell_of_parts(config: Config, checkpoint: Checkpoint | None, monitor: Monitor) -> None:
+    """Warns of what blocks that were trained by themselves leave undone or behind."""
+    if config.trained_blocks is not None or config.parallel.sync == "step":
+        return
+    if checkpoint is not None and config.parallel.sync == "every" and not checkpoint.has(SHARED):
+        momentum = ", an outer momentum starts at zero" * (config.parallel.outer_momentum > 0)
+        monitor.warn(
+            f"{checkpoint.path} was saved block by block: the common parameters are the mean of "
+            f"the blocks' own{momentum}"
+        )
+    start = checkpoint.step if checkpoint else 0
+    steps = [step or 0 for step in newest_steps(Path(config.run_dir), config.num_blocks)]
+    if max(steps) > start:
+        ahead = ", ".join(f"block {b} has step {s}" for b, s in enumerate(steps) if s > start)
+        behind = [block for block, step in enumerate(steps) if step < max(steps)]
+        monitor.warn(
+            f"{ahead}, but all blocks start from step {start}, the newest they have in common; "
+            f"--parallel.blocks {behind[0] if len(behind) == 1 else behind} would train what is "
+            "behind alone"
+        )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def layout_of(config: Config, world_size: int) -> Layout:
     """Which ranks this configuration wants; end_to_end takes every process as a replica.
     Raises TopologyError or ConfigError when the mode cannot use this many."""
     if config.mode == "block_parallel":
-        return Layout(config.num_blocks, config.parallel.replicas, config.parallel.coordinator)
+        num_blocks = len(config.trained_blocks or range(config.num_blocks))
+        return Layout(num_blocks, config.parallel.replicas, config.parallel.coordinator)
     if config.mode == "sequential" and world_size > 1:
         raise TopologyError(
             f"mode sequential trains in one process, {world_size} were started; "
@@ -87,7 +88,8 @@ class Trainer:
         self.max_steps = config.max_steps(len(train_set))
         self.start_step = checkpoint.step if checkpoint else 0
         if blocks is None:
-            blocks = [] if topology.block is None else [topology.block]
+            named = config.trained_blocks or range(config.num_blocks)
+            blocks = [] if topology.block is None else [named[topology.block]]
             blocks = list(range(config.num_blocks)) if config.mode == "sequential" else blocks
         is_empty = checkpoint is not None
         self.state = RankState(config, topology, train_set.spec, blocks, is_empty=is_empty)
@@ -97,14 +99,19 @@ class Trainer:
         self._order = self._block_order()
         self.trainees = [self._trainee(owned) for owned in self.state.blocks]
         self.writer = CheckpointWriter(
-            Path(config.run_dir), topology, self._writers(), config.checkpoint.keep_last
+            Path(config.run_dir),
+            topology,
+            self._writers(),
+            config.checkpoint.keep_last,
+            self._own_part(),
+            config.trained_blocks,
         )
         self.monitor: Monitor | None = None
         self._mailbox = Mailbox(topology, "metrics")
         self._marks = _Marks(step=self.start_step)
 
-    def fit(self, monitor: Monitor | None) -> Evaluation:
-        """Trains to the last step and evaluates. monitor: on rank 0."""
+    def fit(self, monitor: Monitor | None) -> Evaluation | None:
+        """Trains to the last step and evaluates, if all blocks are here. monitor: on rank 0."""
         self.monitor = monitor
         if monitor is not None:
             self.writer.warn = monitor.warn
@@ -117,7 +124,7 @@ class Trainer:
             for step in range(self.start_step, self.max_steps):
                 self.train_step(step)
                 evaluation = self._after_step(step + 1)
-            if evaluation is None:  # there was nothing left to train
+            if evaluation is None and self.has_all_blocks:  # there was nothing left to train
                 evaluation = self.evaluate(self.start_step)
             with self.topology.agree():
                 self.writer.finish(self.config.parallel.timeout_s)
@@ -242,20 +249,19 @@ class Trainer:
     def _after_step(self, step: int) -> Evaluation | None:
         """What is due after a step of every block: checkpoint, evaluation, record."""
         config, is_last = self.config, step == self.max_steps
-        is_eval = is_last or _is_due(step, config.eval.every_steps)
+        is_eval = self.has_all_blocks and (is_last or _is_due(step, config.eval.every_steps))
         is_save = is_last or _is_due(step, config.checkpoint.every_steps)
         is_log = is_eval or is_save or _is_due(step, config.train.log_every) or step == 1
         scalars = self._measure(step) if is_log else {}
         if is_save:
-            about = self._about(step) if self.topology.is_coordinator else {}
-            self.writer.save(step, self.state.files(), about)
+            self.writer.save(step, self.state.files(), self._about(step))
         else:
             self.writer.poll()
         evaluation = self.evaluate(step) if is_eval else None
         if evaluation is not None and self.topology.is_coordinator:
             scalars |= evaluation.scalars()
         if is_log:
-            self._post(step, scalars, with_histograms=is_eval)
+            self._post(step, scalars, with_histograms=is_eval or is_last)
             self._collect()
         return evaluation
 
@@ -332,14 +338,28 @@ class Trainer:
                 self.monitor.record(rank, record["step"], record["scalars"], record["histogram"])
 
     def _about(self, step: int) -> dict[str, Any]:
-        """What a checkpoint's manifest says beside its files."""
+        """What a checkpoint's manifest and parts say beside their files."""
+        spec = self.train_set.spec
         return {
             "samples_seen": step * self.config.train.batch_size * self.config.num_blocks,
-            "model": describe_model(self.config, self.train_set.spec),
+            "seed": self.config.seed,
+            "data": {"name": spec.name, "class_names": spec.class_names},
+            "model": describe_model(self.config, spec),
             "config": asdict(self.config),
         }
 
     # Set-up
+
+    @property
+    def has_all_blocks(self) -> bool:
+        """Whether this run has the whole model, or some of its blocks by themselves."""
+        return self.config.trained_blocks is None
+
+    def _own_part(self) -> int | None:
+        """The block whose part of each checkpoint this rank writes: its own, if that needs nothing
+        of other ranks."""
+        is_private = self.config.mode == "block_parallel" and self.config.parallel.sync != "step"
+        return self.state.blocks[0].index if is_private and self.topology.is_leader else None
 
     def _trainee(self, owned: OwnedBlock) -> Trainee:
         config, device, block = self.config, self.topology.device, owned.index
