@@ -5,7 +5,6 @@ writes the manifest, with sizes and SHA-256, when all have arrived. A block with
 its own writes its part (`parts`) as well, and needs nobody to have saved its work.
 """
 
-import math
 import shutil
 import subprocess
 import sys
@@ -282,14 +281,15 @@ class CheckpointWriter:
         for block in blocks:
             retire(self.folder, block, self.keep_last)
 
-    def _remove_incomplete(self, before: float = math.inf) -> None:
+    def _remove_incomplete(self, before: int | None = None) -> None:
         """Removes folders without any part, and those older than the newest checkpoint; before: of
-        steps below this. Raises OSError."""
+        steps below this, None: of all. Raises OSError."""
         complete = complete_folders(self.folder)
         newest = step_of(complete[-1]) if complete else -1
         for path in step_folders(self.folder):
             is_useless = step_of(path) < newest or not blocks_in(path)
-            if is_useless and step_of(path) < before and not is_complete(path):
+            is_due = before is None or step_of(path) < before
+            if is_useless and is_due and not is_complete(path):
                 shutil.rmtree(path)
 
     def _retire_own(self) -> None:

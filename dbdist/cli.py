@@ -1,4 +1,4 @@
-"""Command lines: `dbdist train|evaluate|plan|export|import-published`, `python -m dbdist.train`, …
+"""Command lines: `dbdist train|evaluate|plan|export|merge|…`, `python -m dbdist.train`, …
 
 Parses with jsonargparse, and turns every mistake of a user into one line and exit code 2.
 """
@@ -36,6 +36,7 @@ COMMANDS = {
     "plan": "show which block would go on which GPUs of which node, what it needs there, and what "
     "to type",
     "export": "write a run's model as one model.safetensors + config.json for dbdist.load",
+    "merge": "join blocks of one model that were trained in different places into one run",
     "import-published": "convert weights of the published ViT code to an exported model",
 }
 
@@ -61,6 +62,8 @@ def main(argv: list[str] | None = None) -> None:
         from dbdist.plan import main as run
     elif command == "export":
         from dbdist.export import main as run
+    elif command == "merge":
+        from dbdist.merge import main as run
     elif command == "import-published":
         from dbdist.import_published import main as run
     else:
@@ -82,9 +85,13 @@ def fail(prog: str, message: object, code: int = 2) -> NoReturn:
     os._exit(code)
 
 
-def guarded(prog: str, run: Callable[[], None]) -> None:
+def guarded(
+    prog: str,
+    run: Callable[[], None],
+    interrupted: str = "the same command continues from the newest checkpoint",
+) -> None:
     """Runs a command; a UserError ends it with one line and exit code 2, a Fault with 1, Ctrl-C
-    with 130."""
+    with 130 and a line that says `interrupted`."""
     try:
         run()
     except UserError as error:
@@ -93,10 +100,7 @@ def guarded(prog: str, run: Callable[[], None]) -> None:
         fail(prog, fault, code=1)
     except KeyboardInterrupt:
         if _launch().rank == 0:
-            print(
-                f"\n{prog}: interrupted; the same command continues from the newest checkpoint",
-                file=sys.stderr,
-            )
+            print(f"\n{prog}: interrupted; {interrupted}", file=sys.stderr)
         os._exit(130)
 
 

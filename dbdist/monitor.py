@@ -159,9 +159,7 @@ class Monitor(AbstractContextManager["Monitor"]):
             f"block {block}": "not trained" if step is None else f"step {step}"
             for block, step in enumerate(step_of_block)
         }
-        rows["all blocks"] = (
-            "at no common step" if complete_step is None else f"step {complete_step}"
-        )
+        rows["all blocks"] = "no common step" if complete_step is None else f"step {complete_step}"
         self._end(rows, elapsed_s, peak_mb, [])
         if complete_step is not None:
             self.message(f"to evaluate step {complete_step}, which all blocks have:")
