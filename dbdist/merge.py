@@ -125,10 +125,11 @@ def open_run(path: Path) -> Run:
 
 def check_alike(runs: Sequence[Run]) -> None:
     """Raises ConfigError naming two runs and the first thing that makes them two models."""
-    first = runs[0]
+    first, seen = runs[0], {runs[0].path.resolve()}
     for other in runs[1:]:
-        if other.path.resolve() in (run.path.resolve() for run in runs[: runs.index(other)]):
+        if other.path.resolve() in seen:
             raise ConfigError(f"{other.path} is named twice; give each run once")
+        seen.add(other.path.resolve())
         of_first, of_other = (
             {
                 **{key: run.newest[key] for key in MUST_AGREE},
