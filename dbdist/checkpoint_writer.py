@@ -226,17 +226,23 @@ class CheckpointWriter:
             files = self._write_files(path)
             sync_folder(path)
             if self._block is not None:
-                own = {k: v for k, v in files.items() if k.startswith(f"block-{self._block}.")}
-                part = {"step": step, "block": self._block, **about, **_versions(), "files": own}
-                write_part(path, part)
+                write_part(path, self._own_part(step, about, is_alone, files))
             if is_alone:
-                self._retire_own()
+                self._retire_own(step)
         except OSError as error:
             if self._block is not None:
                 with suppress(OSError):  # the next run cleans up
                     remove_block(path, self._block)
             return {"step": step, "error": f"{path} cannot be written ({error.strerror})"}
         return {"step": step, "files": files}
+
+    def _own_part(
+        self, step: int, about: dict[str, Any], is_alone: bool, files: dict[str, Any]
+    ) -> Part:
+        own = {k: v for k, v in files.items() if k.startswith(f"block-{self._block}.")}
+        shared = {k: v for k, v in files.items() if k.startswith("shared.")}
+        state = {"step": step, "block": self._block, "is_alone": is_alone}
+        return {**state, **about, **_versions(), "files": own, "shared": shared}
 
     def _write_files(self, path: Path) -> dict[str, Any]:
         for attempt in range(3):
@@ -269,7 +275,9 @@ class CheckpointWriter:
             with suppress(OSError):  # the next run cleans up
                 self._give_up(path)
             return reasons[0]
-        for old in complete_folders(self.folder)[: -self.keep_last]:
+        # Later ones may have all their parts already: they are completed after this one.
+        done = [path for path in complete_folders(self.folder) if step_of(path) <= step]
+        for old in done[: -self.keep_last]:
             _remove(old)
         self._remove_incomplete(step)
         return None
@@ -279,7 +287,7 @@ class CheckpointWriter:
         if not (blocks := blocks_in(path)):
             _remove(path)
         for block in blocks:
-            retire(self.folder, block, self.keep_last)
+            retire(self.folder, block, self.keep_last, step_of(path))
 
     def _remove_incomplete(self, before: int | None = None) -> None:
         """Removes folders without any part, and those older than the newest checkpoint; before: of
@@ -292,10 +300,10 @@ class CheckpointWriter:
             if is_useless and is_due and not is_complete(path):
                 shutil.rmtree(path)
 
-    def _retire_own(self) -> None:
+    def _retire_own(self, step: int) -> None:
         with suppress(OSError):  # the part is written; the next time tries again
             if self._block is not None:
-                retire(self.folder, self._block, self.keep_last)
+                retire(self.folder, self._block, self.keep_last, step)
 
     def _write_manifest(self, step: int, parts: dict[int, Part], about: dict[str, Any]) -> None:
         path = self._path(step)
@@ -345,10 +353,11 @@ class _Background:
         return future
 
 
-def retire(folder: Path, block: int, keep_last: int) -> None:
-    """Removes a block's parts beyond its newest; never from the newest complete checkpoints, of
-    which as many are kept. Raises OSError."""
+def retire(folder: Path, block: int, keep_last: int, last_step: int) -> None:
+    """Removes a block's parts beyond its newest up to a step; never from the newest complete
+    checkpoints, of which as many are kept. Raises OSError."""
     own = sorted((p for p in step_folders(folder) if block in blocks_in(p)), key=step_of)
+    own = [path for path in own if step_of(path) <= last_step]
     complete = complete_folders(folder)[-keep_last:]
     for path in own[:-keep_last]:
         if path not in complete:

@@ -37,6 +37,7 @@ def make_run(path, blocks, *options, steps=(4,), class_names=("a", "b")):
             name, owner = f"block-{block}.safetensors", sum(path.name.encode())
             writer.save(step, {name: {"x": torch.tensor([owner, block, step])}}, about)
         writer.finish(10.0)
+    path.mkdir(exist_ok=True)
     write_yaml(config, path / "config.yaml")
     return path
 

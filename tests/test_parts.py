@@ -149,6 +149,8 @@ def test_an_incomplete_folder_has_no_manifest(tmp_path):
         {"files": {"../block-1.safetensors": {"bytes": 1, "sha256": ""}}},
         {"files": {"block-1.safetensors": {"bytes": "1", "sha256": ""}}},
         {"files": []},
+        {"is_alone": 0},
+        {"shared": {"block-0.safetensors": {"bytes": 1, "sha256": ""}}},
     ],
 )
 def test_a_part_that_says_otherwise_is_refused_by_name(tmp_path, change):
@@ -301,6 +303,49 @@ def test_a_last_part_that_cannot_be_written_is_an_error(tmp_path):
         writer.save(step, files(1, step), ABOUT)
     with pytest.raises(CheckpointError, match=r"step 2, the last, failed: .* part is of step 1"):
         writer.finish(10.0)
+
+
+def first_rank_ahead(rank, run_dir, steps):
+    """Rank 0 looks at what has arrived only when the others have saved all steps."""
+    topology = rank.join(Layout(3))
+    block = topology.block
+    writer = CheckpointWriter(run_dir, topology, {0, 1, 2}, 1, block)
+    writer.warn = (told := []).append
+    if block == 0:
+        writer.save(steps[0], files(block, steps[0]), ABOUT)
+        for step in steps[1:]:
+            writer.save(step, files(block, step), ABOUT)
+        writer._part.result()
+        topology.barrier()
+    else:
+        for step in steps:
+            writer.save(step, files(block, step), ABOUT)
+        writer.finish(10.0)
+        topology.barrier()
+    writer.finish(10.0)
+    topology.barrier()
+    return told
+
+
+def test_checkpoints_whose_parts_arrive_together_are_completed_one_after_the_other(ranks, tmp_path):
+    assert ranks.run(3, first_rank_ahead, tmp_path, [4, 8, 12]) == [[], [], []]
+    assert complete_steps(tmp_path) == [12]
+    assert (folder_of(tmp_path, 12) / "manifest.json").exists()
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+def test_what_was_saved_for_all_blocks_counts_if_all_parts_were_saved_together(tmp_path):
+    for block in range(3):
+        writer = CheckpointWriter(tmp_path, Topology(Layout(1)), {0}, 10, block)
+        shared = {"shared.safetensors": {"x": torch.ones(2)}} if block == 0 else {}
+        writer.save(4, files(block, 4) | shared, ABOUT)
+        writer.finish(10.0)
+    (folder_of(tmp_path, 4) / "manifest.json").unlink()
+    assert find_checkpoint(tmp_path).has("shared.safetensors")
+    assert not find_blocks(tmp_path, [0, 1]).has("shared.safetensors")
+    write(tmp_path, 1, 4)
+    assert find_checkpoint(tmp_path).step == 4
+    assert not find_checkpoint(tmp_path).has("shared.safetensors")
 
 
 def joint_with_a_failure(rank, run_dir, steps):
