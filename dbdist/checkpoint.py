@@ -1,14 +1,15 @@
 """RUN/checkpoints: one folder a step, one safetensors file a block, the manifest last.
 
 Files are named by block, never by rank, and tensors by parameter, so any topology may read what any
-other wrote. The manifest holds every file's size and SHA-256; a folder without one is no
-checkpoint. Nothing that is read can execute code. Here is the reading; `checkpoint_writer` writes.
+other wrote. The manifest holds every file's size and SHA-256; a folder without one, and without the
+parts of all blocks (`parts`), is no checkpoint. Nothing that is read can execute code. Here is the
+reading; `checkpoint_writer` writes.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from dbdist.errors import CheckpointError
 from dbdist.inference import load_weights
+from dbdist.parts import assemble, blocks_in, differences, has_all
 
 FORMAT = "dbdist-checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
+_HEAD = {"format": FORMAT, "version": VERSION}
 SHARED = "shared.safetensors"
 PREFIX = "shared."
 """In a block's file, before the names of shared modules that this block keeps for itself."""
@@ -132,15 +135,6 @@ class Checkpoint:
         )
 
 
-def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) of everything in `new` that `old` has otherwise."""
-    if isinstance(old, dict) and isinstance(new, Mapping):
-        for name, value in new.items():
-            yield from differences(old.get(name), value, f"{key}.{name}" if key else name)
-    elif old != new:
-        yield key, old, new
-
-
 def find_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint | None:
     """The complete checkpoint of this step, or the newest; None where there is none. Raises
     CheckpointError if its manifest is damaged."""
@@ -156,10 +150,53 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint | None
     return Checkpoint(path, read_manifest(path))
 
 
+def find_blocks(run_dir: Path, blocks: Iterable[int]) -> Checkpoint | None:
+    """The newest step that all these blocks have saved, whatever the others have: a checkpoint of
+    these blocks alone. None where there is none."""
+    blocks = sorted(set(blocks))
+    found = saved_folders(run_dir / "checkpoints", blocks)
+    return open_folder(found[-1], blocks) if found else None
+
+
+def saved_folders(folder: Path, blocks: Sequence[int] | None = None) -> list[Path]:
+    """The folders that hold these blocks (None: a whole checkpoint), oldest first."""
+    if blocks is None:
+        return complete_folders(folder)
+    found = [
+        path
+        for path in step_folders(folder)
+        if (path / MANIFEST).is_file() or set(blocks) <= set(blocks_in(path))
+    ]
+    return sorted(found, key=step_of)
+
+
+def open_folder(path: Path, blocks: Sequence[int] | None = None) -> Checkpoint:
+    """The checkpoint in one of `saved_folders`. Raises CheckpointError for a damaged one."""
+    if blocks is not None and set(blocks) <= set(blocks_in(path)):
+        return Checkpoint(path, {**_HEAD, **assemble(path, blocks)})
+    return Checkpoint(path, read_manifest(path))
+
+
+def newest_steps(run_dir: Path, num_blocks: int) -> list[int | None]:
+    """The newest step that each block has saved; None for one that has none."""
+    steps: list[int | None] = [None] * num_blocks
+    for path in sorted(step_folders(run_dir / "checkpoints"), key=step_of):
+        has_manifest = (path / MANIFEST).is_file()
+        for block in range(num_blocks) if has_manifest else blocks_in(path):
+            if block < num_blocks:
+                steps[block] = step_of(path)
+    return steps
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What the manifest in this step's folder says. Raises CheckpointError for one that is damaged,
-    of another format, version or step, or names files outside the folder."""
+    """The manifest of a step's folder: manifest.json, or what the parts of all blocks are together.
+    Raises CheckpointError for one that is damaged, of another format, version or step, or names
+    files outside the folder."""
     file = path / MANIFEST
+    if not file.is_file():
+        if not has_all(path):
+            raise CheckpointError(f"{path} is incomplete: it has neither {MANIFEST} nor all parts")
+        return {**_HEAD, **assemble(path)}
     try:
         manifest = json.loads(file.read_text())
     except OSError as error:
@@ -201,11 +238,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def step_of(path: Path) -> int:
-    """The step in a checkpoint folder's name."""
-    return int(path.name.removeprefix("step-"))
-
-
 def step_folders(folder: Path) -> list[Path]:
     """Folders named like checkpoints, complete or not. Raises CheckpointError if they cannot be
     listed."""
@@ -217,7 +249,16 @@ def step_folders(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} cannot be read ({error.strerror})") from None
 
 
+def step_of(path: Path) -> int:
+    """Of a folder that is named like a checkpoint."""
+    return int(path.name.removeprefix("step-"))
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a step's folder holds all blocks: by its manifest, or by a part of each."""
+    return (path / MANIFEST).is_file() or has_all(path)
+
+
 def complete_folders(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    complete = [path for path in step_folders(folder) if (path / MANIFEST).is_file()]
-    return sorted(complete, key=step_of)
+    return sorted((path for path in step_folders(folder) if is_complete(path)), key=step_of)

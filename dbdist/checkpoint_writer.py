@@ -1,11 +1,10 @@
 """Writes what `checkpoint` reads: in the background, and complete or not at all.
 
 Every rank writes its own files and tells the coordinator (through the mailbox: nobody waits), which
-writes the manifest, with sizes and SHA-256, when all have arrived.
+writes the manifest, with sizes and SHA-256, when all have arrived. A block with shared modules of
+its own writes its part (`parts`) as well, and needs nobody to have saved its work.
 """
 
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,10 +20,20 @@ from typing import Any, TypeVar
 import torch
 
 import dbdist
-from dbdist.checkpoint import FORMAT, MANIFEST, VERSION, Files, complete_folders, step_folders
+from dbdist.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    Files,
+    complete_folders,
+    is_complete,
+    step_folders,
+    step_of,
+)
 from dbdist.errors import CheckpointError
 from dbdist.parallel.mailbox import Mailbox
 from dbdist.parallel.topology import Topology
+from dbdist.parts import blocks_in, part_file, remove_block, write_json, write_part
 from dbdist.snapshot import Snapshot, sync_folder
 
 Part = dict[str, Any]
@@ -42,9 +51,17 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, run_dir: Path, topology: Topology, writers: set[int], keep_last: int
+        self,
+        run_dir: Path,
+        topology: Topology,
+        writers: set[int],
+        keep_last: int,
+        block: int | None = None,
+        trained: tuple[int, ...] | None = None,
     ) -> None:
-        """writers: the ranks that write files, known to all."""
+        """writers: the ranks that write files, known to all. block: of which this rank writes the
+        part; None where there are no parts, or another rank writes it. trained: the blocks of a run
+        that leaves the others' files to other runs; None: all blocks."""
         self.folder = run_dir / "checkpoints"
         self.keep_last = keep_last
         self.warn: Callable[[str], None] = lambda text: print(f"warning: {text}", file=sys.stderr)
@@ -54,11 +71,14 @@ class CheckpointWriter:
         complete no sooner: who continues from it would never write them."""
         self._topology = topology
         self._writers = writers
+        self._block, self._trained = block, trained
         self._mailbox = Mailbox(topology, "checkpoints")
         self._background = _Background()
         self._snapshots: dict[str, Snapshot] = {}
         self._part: Future[Part] | None = None
         """What this rank has still to report."""
+        self._is_alone = trained is not None
+        """Whether there is nobody to report it to."""
         self._about: dict[int, dict[str, Any]] = {}
         self._arrived: dict[int, dict[int, Part]] = {}
         self._completing: dict[int, Future[str | None]] = {}
@@ -67,31 +87,50 @@ class CheckpointWriter:
         self._last_failure: tuple[int, str] | None = None
 
     def clean(self) -> None:
-        """Removes what an interrupted run left incomplete. On the coordinator, before anybody
-        writes."""
-        for path in step_folders(self.folder):
-            if not (path / MANIFEST).is_file():
-                shutil.rmtree(path, ignore_errors=True)  # what stays does no harm
+        """Removes what an interrupted run left of files without a part or a manifest, and parts
+        older than the newest complete checkpoint; of a run of some blocks only what is theirs. On
+        the coordinator, before anybody writes."""
+        with suppress(OSError):  # what stays does no harm
+            if self._trained is None:
+                self._remove_incomplete()
+            for path in step_folders(self.folder) if self._trained is not None else ():
+                for block in set(self._trained or ()) - set(blocks_in(path)):
+                    if not (path / MANIFEST).is_file():
+                        remove_block(path, block)
 
     def save(
-        self, step: int, files: Files, about: dict[str, Any], refusal: str | None = None
+        self,
+        step: int,
+        files: Files,
+        about: dict[str, Any],
+        is_alone: bool = False,
+        refusal: str | None = None,
     ) -> None:
         """Takes a copy of this rank's files of a step, to be written from now on. Waits only if the
         part before is still being written: there is one copy, always in the same memory. about: the
-        rest of the manifest, used on the coordinator. refusal: why this rank's part must not be
-        written; the checkpoint is given up then."""
+        rest of the part and the manifest. refusal: why this rank's part must not be written; the
+        checkpoint is given up then.
+
+        is_alone: this rank's part and nothing else. Nothing is told or asked, also of the steps
+        before, and there is no manifest; the parts of all blocks are a checkpoint all the same.
+        So are all that follow, and all of a run of some blocks."""
         rank = self._topology.rank
+        is_alone = is_alone or self._is_alone
         assert rank in self._writers or not files, f"rank {rank} writes {list(files)}"
+        assert not (is_alone and files) or self._block is not None, "there is no part to write"
+        if is_alone:  # nobody may be there to hear of it
+            self._about.clear()
+            self._is_alone = True
         if self._part is not None:
             wait([self._part])
             self.poll()
         self.last_step = step
-        if self._topology.is_coordinator:
+        if self._topology.is_coordinator and not is_alone:
             self._about[step] = about
         if rank in self._writers:
             if refusal is None:
                 self._take(files)
-                self._part = self._background.start(lambda: self._write_part(step))
+                self._part = self._background.start(lambda: self._write_part(step, about, is_alone))
             else:
                 self._part = Future()
                 self._part.set_result({"step": step, "error": refusal})
@@ -147,16 +186,20 @@ class CheckpointWriter:
 
     def _advance(self) -> list[tuple[int, str]]:
         """What can be done without waiting. Returns (step, reason) of checkpoints given up."""
+        failures: list[tuple[int, str]] = []
         if self._part is not None and self._part.done():
-            written, self._part = self._part, None
-            self._mailbox.post(written.result())
+            written, self._part = self._part.result(), None
+            if not self._is_alone:
+                self._mailbox.post(written)
+            elif "error" in written:
+                text = f"rank {self._topology.rank}: {written['error']}"
+                failures.append((written["step"], text))
         for rank, part in self._mailbox.collect() if self._about else ():
             self._arrived.setdefault(part["step"], {})[rank] = part
         for step in sorted(self._about):
             if self._arrived.get(step, {}).keys() >= self._writers and self.is_recorded(step):
                 job = partial(self._complete, step, self._arrived.pop(step), self._about.pop(step))
                 self._completing[step] = self._background.start(job)
-        failures: list[tuple[int, str]] = []
         for step in [step for step, future in self._completing.items() if future.done()]:
             try:
                 reason = self._completing.pop(step).result()
@@ -174,9 +217,13 @@ class CheckpointWriter:
 
     @property
     def _rest(self) -> str:
+        if self._is_alone:
+            own = [step_of(p) for p in step_folders(self.folder) if self._block in blocks_in(p)]
+            newest = f"is of step {max(own)}" if own else "does not exist"
+            return f"block {self._block}'s newest part {newest}"
         if not (complete := complete_folders(self.folder)):
             return "none is complete"
-        return f"the newest complete one is step {int(complete[-1].name.removeprefix('step-'))}"
+        return f"the newest complete one is step {step_of(complete[-1])}"
 
     def _what_is_missing(self) -> str:
         if self._part is not None:
@@ -191,20 +238,46 @@ class CheckpointWriter:
 
     # In the background
 
-    def _write_part(self, step: int) -> Part:
+    def _write_part(self, step: int, about: dict[str, Any], is_alone: bool) -> Part:
         path = self._path(step)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            (path / MANIFEST).unlink(missing_ok=True)  # a step that is saved again
-            files = {name: copy.write(path / name) for name, copy in self._snapshots.items()}
+            files = self._write_files(path)
             sync_folder(path)
+            if self._block is not None:
+                write_part(path, self._own_part(step, about, is_alone, files))
+            if is_alone:
+                self._retire_own(step)
         except OSError as error:
+            if self._block is not None:
+                with suppress(OSError):  # the next run cleans up
+                    remove_block(path, self._block)
             return {"step": step, "error": f"{path} cannot be written ({error.strerror})"}
         return {"step": step, "files": files}
 
+    def _own_part(
+        self, step: int, about: dict[str, Any], is_alone: bool, files: dict[str, Any]
+    ) -> Part:
+        own = {k: v for k, v in files.items() if k.startswith(f"block-{self._block}.")}
+        shared = {k: v for k, v in files.items() if k.startswith("shared.")}
+        state = {"step": step, "block": self._block, "is_alone": is_alone}
+        return {**state, **about, **_versions(), "files": own, "shared": shared}
+
+    def _write_files(self, path: Path) -> dict[str, Any]:
+        for attempt in range(3):
+            path.mkdir(parents=True, exist_ok=True)
+            (path / MANIFEST).unlink(missing_ok=True)  # a step that is saved again
+            if self._block is not None:
+                (path / part_file(self._block)).unlink(missing_ok=True)
+            try:
+                return {name: copy.write(path / name) for name, copy in self._snapshots.items()}
+            except FileNotFoundError:  # another block's run has just found the folder empty
+                if attempt == 2:
+                    raise
+        raise AssertionError
+
     def _complete(self, step: int, parts: dict[int, Part], about: dict[str, Any]) -> str | None:
-        """Makes the parts a checkpoint and retires the oldest, or removes them and returns why.
-        Raises OSError if the oldest cannot be removed."""
+        """Makes the parts a checkpoint and retires the oldest, or removes them and returns why;
+        blocks' own parts stay. Raises OSError if the oldest cannot be removed."""
         path = self._path(step)
         reasons = [
             f"rank {rank}: {part['error']}"
@@ -218,11 +291,37 @@ class CheckpointWriter:
                 reasons = [f"rank 0: {path / MANIFEST} cannot be written ({error.strerror})"]
         if reasons:
             with suppress(OSError):  # the next run cleans up
-                _remove(path)
+                self._give_up(path)
             return reasons[0]
-        for old in complete_folders(self.folder)[: -self.keep_last]:
+        # Later ones may have all their parts already: they are completed after this one.
+        done = [path for path in complete_folders(self.folder) if step_of(path) <= step]
+        for old in done[: -self.keep_last]:
             _remove(old)
+        self._remove_incomplete(step)
         return None
+
+    def _give_up(self, path: Path) -> None:
+        """Removes what was written of a step, but for parts, of which each block keeps the last."""
+        if not (blocks := blocks_in(path)):
+            _remove(path)
+        for block in blocks:
+            retire(self.folder, block, self.keep_last, step_of(path))
+
+    def _remove_incomplete(self, before: int | None = None) -> None:
+        """Removes folders without any part, and those older than the newest checkpoint; before: of
+        steps below this, None: of all. Raises OSError."""
+        complete = complete_folders(self.folder)
+        newest = step_of(complete[-1]) if complete else -1
+        for path in step_folders(self.folder):
+            is_useless = step_of(path) < newest or not blocks_in(path)
+            is_due = before is None or step_of(path) < before
+            if is_useless and is_due and not is_complete(path):
+                shutil.rmtree(path)
+
+    def _retire_own(self, step: int) -> None:
+        with suppress(OSError):  # the part is written; the next time tries again
+            if self._block is not None:
+                retire(self.folder, self._block, self.keep_last, step)
 
     def _write_manifest(self, step: int, parts: dict[int, Part], about: dict[str, Any]) -> None:
         path = self._path(step)
@@ -238,17 +337,11 @@ class CheckpointWriter:
             "version": VERSION,
             "step": step,
             **about,
-            "dbdist": dbdist.__version__,
-            "torch": torch.__version__,
-            "commit": commit(),
+            **_versions(),
             "files": dict(sorted(files.items())),
         }
-        with (path / f"{MANIFEST}.partial").open("w") as out:
-            json.dump(manifest, out, indent=2)
-            out.flush()
-            os.fsync(out.fileno())
         # Every rank has brought its files, and their names, to disk before it reported them.
-        os.replace(path / f"{MANIFEST}.partial", path / MANIFEST)
+        write_json(path / MANIFEST, manifest)
         for folder in (path, self.folder, self.folder.parent):
             sync_folder(folder)
 
@@ -278,10 +371,26 @@ class _Background:
         return future
 
 
+def retire(folder: Path, block: int, keep_last: int, last_step: int) -> None:
+    """Removes a block's parts beyond its newest up to a step; never from the newest complete
+    checkpoints, of which as many are kept. Raises OSError."""
+    own = sorted((p for p in step_folders(folder) if block in blocks_in(p)), key=step_of)
+    own = [path for path in own if step_of(path) <= last_step]
+    complete = complete_folders(folder)[-keep_last:]
+    for path in own[:-keep_last]:
+        if path not in complete:
+            (path / MANIFEST).unlink(missing_ok=True)
+            remove_block(path, block)
+
+
 def _remove(path: Path) -> None:
     """Removes a checkpoint; raises OSError."""
     (path / MANIFEST).unlink(missing_ok=True)  # from here on it is none
     shutil.rmtree(path)
+
+
+def _versions() -> dict[str, Any]:
+    return {"dbdist": dbdist.__version__, "torch": torch.__version__, "commit": commit()}
 
 
 @cache

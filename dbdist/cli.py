@@ -1,4 +1,4 @@
-"""Command lines: `dbdist train|evaluate|plan|export|import-published`, `python -m dbdist.train`, …
+"""Command lines: `dbdist train|evaluate|plan|export|merge|…`, `python -m dbdist.train`, …
 
 Parses with jsonargparse, and turns every mistake of a user into one line and exit code 2.
 """
@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
@@ -42,6 +43,7 @@ COMMANDS = {
     "plan": "show which block would go on which GPUs of which node, what it needs there, and what "
     "to type",
     "export": "write a run's model as one model.safetensors + config.json for dbdist.load",
+    "merge": "join blocks of one model that were trained in different places into one run",
     "import-published": "convert weights of the published ViT code to an exported model",
 }
 
@@ -67,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
         from dbdist.plan import main as run
     elif command == "export":
         from dbdist.export import main as run
+    elif command == "merge":
+        from dbdist.merge import main as run
     elif command == "import-published":
         from dbdist.import_published import main as run
     else:
@@ -94,9 +98,13 @@ def say(prog: str, message: object) -> None:
     os.write(2, f"{rank}{prog}: {text}\n".encode())  # at once: ranks share the terminal
 
 
-def guarded(prog: str, run: Callable[[], None]) -> None:
+def guarded(
+    prog: str,
+    run: Callable[[], None],
+    interrupted: str = "the same command continues from the newest checkpoint",
+) -> None:
     """Runs a command; a UserError ends it with one line and exit code 2, a Fault with 1, Ctrl-C
-    with 130."""
+    with 130 and a line that says `interrupted`."""
     try:
         run()
     except UserError as error:
@@ -105,10 +113,7 @@ def guarded(prog: str, run: Callable[[], None]) -> None:
         fail(prog, fault, code=1)
     except KeyboardInterrupt:
         if _launch().rank == 0:
-            print(
-                f"\n{prog}: interrupted; the same command continues from the newest checkpoint",
-                file=sys.stderr,
-            )
+            print(f"\n{prog}: interrupted; {interrupted}", file=sys.stderr)
         os._exit(130)
 
 
@@ -287,10 +292,13 @@ def _with_values(argv: list[str]) -> list[str]:
 
 def write_yaml(config: Config, path: Path) -> None:
     """The resolved configuration, readable by --config."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # others may write too
     values = _plain(dataclasses.asdict(config))
-    partial.write_text(yaml.dump(values, Dumper=_QuotingDumper, sort_keys=False))
-    os.replace(partial, path)
+    try:
+        partial.write_text(yaml.dump(values, Dumper=_QuotingDumper, sort_keys=False))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class _QuotingDumper(yaml.SafeDumper):

@@ -7,12 +7,12 @@ are gathered, so all ranks choose the same step. Nothing is changed before `set_
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dbdist.checkpoint import Checkpoint, complete_folders, read_manifest, step_of
+from dbdist.checkpoint import Checkpoint, open_folder, saved_folders, step_of
 from dbdist.errors import CheckpointError
 from dbdist.parallel.topology import Topology
 
@@ -38,18 +38,20 @@ def choose(
     fallback: bool,
     step: int | None = None,
     is_training: bool = False,
+    blocks: Sequence[int] | None = None,
 ) -> Choice | None:
     """The newest checkpoint; with `fallback`, the newest intact one; with `step`, that one and no
     other. None where there is none. Collective.
 
-    model: what the checkpoint must agree with. is_training: it will be continued. Raises
+    model: what the checkpoint must agree with. is_training: it will be continued. blocks: those
+    that it must have; None: all. Raises
     CheckpointError, the same on every rank, if it is damaged or foreign; the message names the file
     and the newest step that is intact.
     """
     folder = run_dir / "checkpoints"
     found: list[Path] = []
     with topology.agree("reading the run directory"):
-        found = complete_folders(folder)
+        found = saved_folders(folder, blocks)
     seen: list[Any] = topology.gather([path.name for path in found])
     newest = [names[-1] if names else "none" for names in seen]
     if is_training and len(set(newest)) > 1:
@@ -67,7 +69,7 @@ def choose(
             )
     damaged: list[tuple[Path, str]] = []
     for path in reversed(common):
-        checkpoint, reason = _verdict(path, topology, model, needs)
+        checkpoint, reason = _verdict(path, topology, model, needs, blocks)
         if checkpoint is None:
             damaged.append((path, reason))
             continue
@@ -99,12 +101,16 @@ def set_aside(folders: Iterable[Path]) -> None:
 
 
 def _verdict(
-    path: Path, topology: Topology, model: Mapping[str, Any], needs: Needs
+    path: Path,
+    topology: Topology,
+    model: Mapping[str, Any],
+    needs: Needs,
+    blocks: Sequence[int] | None,
 ) -> tuple[Checkpoint | None, str]:
     """(the checkpoint, "") if it is intact for every rank, else (None, the first rank's reason)."""
     checkpoint, reason = None, None
     try:
-        checkpoint = Checkpoint(path, read_manifest(path))
+        checkpoint = open_folder(path, blocks)
         checkpoint.check_sizes()
         checkpoint.check_fits(model)
         for file in needs(checkpoint):

@@ -70,14 +70,19 @@ class Monitor(AbstractContextManager["Monitor"]):
         start_step: int,
         max_steps: int,
         console: Console | None = None,
+        blocks: tuple[int, ...] | None = None,
     ) -> None:
-        """reporters: the ranks that record. start_step: steps done before; later metrics go."""
+        """reporters: the ranks that record. start_step: steps done before; later metrics go.
+        blocks: those that this run trains by themselves, with files of their own; None: all."""
         self._run_dir, self._schedule, self._start_step = run_dir, schedule, start_step
         self._console = console or Console(width=None if sys.stdout.isatty() else 120)
-        self._display = _Display(self._console, schedule, num_blocks, range(start_step, max_steps))
+        shown = tuple(range(num_blocks)) if blocks is None else blocks
+        self._display = _Display(self._console, schedule, shown, range(start_step, max_steps))
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._metrics = _MetricsFile(run_dir / "metrics.jsonl", start_step)
-        self._tensorboard = _Board(run_dir / "tensorboard", start_step)
+        board = "tensorboard" if blocks is None else f"tensorboard/{blocks_name(blocks)}"
+        self._files = metrics_file(blocks), board
+        self._metrics = _MetricsFile(run_dir / self._files[0], start_step)
+        self._tensorboard = _Board(run_dir / board, start_step)
         self._has_warned = False
         self._last_step_of_rank = dict.fromkeys(reporters, start_step - 1)
         self._pending: dict[int, dict[str, float | int]] = {}
@@ -142,18 +147,50 @@ class Monitor(AbstractContextManager["Monitor"]):
         peak_mb: dict[int, float],
     ) -> None:
         """Print how the run ended and where its files are. Ends the live display."""
+        after = (f"{block}: {value:.4f}" for block, value in enumerate(accuracy_after_block))
+        rows = {
+            "accuracy": "-" if accuracy is None else f"{accuracy:.4f}",
+            "accuracy after block": "  ".join(after) or "-",
+        }
+        complete = complete_folders(self._run_dir / "checkpoints")
+        newest = [f"checkpoints/{path.name}" for path in complete[-1:]]
+        self._end(rows, elapsed_s, peak_mb, [*newest, "evaluation.json"])
+
+    def summary_of_blocks(
+        self,
+        step_of_block: list[int | None],
+        complete_step: int | None,
+        elapsed_s: float,
+        peak_mb: dict[int, float],
+    ) -> None:
+        """As `summary`, of a run that trained some blocks: the newest step of each block, and what
+        to type once the model is complete."""
+        rows = {
+            f"block {block}": "not trained" if step is None else f"step {step}"
+            for block, step in enumerate(step_of_block)
+        }
+        rows["all blocks"] = "no common step" if complete_step is None else f"step {complete_step}"
+        self._end(rows, elapsed_s, peak_mb, [])
+        if complete_step is not None:
+            self.message(f"to evaluate step {complete_step}, which all blocks have:")
+            self.message(f"  dbdist evaluate --run_dir {self._run_dir}")
+
+    def _end(
+        self,
+        rows: dict[str, str],
+        elapsed_s: float,
+        peak_mb: dict[int, float],
+        files: list[str],
+    ) -> None:
         self._display.stop()
         table = Table(title="Summary", show_header=False, **_TITLE)
-        after = (f"{block}: {value:.4f}" for block, value in enumerate(accuracy_after_block))
         peaks = (f"{rank}: {human_bytes(mb * 2**20)}" for rank, mb in sorted(peak_mb.items()))
-        table.add_row("accuracy", "-" if accuracy is None else f"{accuracy:.4f}")
-        table.add_row("accuracy after block", "  ".join(after) or "-")
+        for name, text in rows.items():
+            table.add_row(name, text)
         table.add_row("time", _clock(elapsed_s))
         table.add_row("peak memory of rank", "  ".join(peaks) or "-")
         self._console.print(table, highlight=False)
-        complete = complete_folders(self._run_dir / "checkpoints")
-        newest = [f"checkpoints/{path.name}" for path in complete[-1:]]
-        for name in ("", "metrics.jsonl", "tensorboard", *newest, "evaluation.json"):
+        for name in ("", *self._files, *files):
             if (path := self._run_dir / name).exists():
                 self.message(f"  {path}")
 
@@ -163,7 +200,7 @@ class Monitor(AbstractContextManager["Monitor"]):
         self._display.stop()
         with self._surviving("tensorboard"):
             self._tensorboard.close()
-        with self._surviving("metrics.jsonl"):
+        with self._surviving(self._files[0]):
             self._metrics.close()
 
     def __exit__(self, *exception: object) -> None:
@@ -172,7 +209,7 @@ class Monitor(AbstractContextManager["Monitor"]):
     def _write_through(self, last_step: int) -> None:
         for step in sorted(step for step in self._pending if step <= last_step):
             scalars = self._pending.pop(step)
-            with self._surviving("metrics.jsonl"):
+            with self._surviving(self._files[0]):
                 self._metrics.write(step, scalars)
             with self._surviving("tensorboard"):
                 for tag, value in scalars.items():
@@ -332,12 +369,15 @@ class _Display:
     """One line per block: live bars on a terminal, now and then a plain line elsewhere."""
 
     def __init__(
-        self, console: Console, schedule: NoiseSchedule | None, num_blocks: int, steps: range
+        self,
+        console: Console,
+        schedule: NoiseSchedule | None,
+        blocks: tuple[int, ...],
+        steps: range,
     ) -> None:
         self._console, self._max_steps = console, steps.stop
         self._start = steps.start, time.monotonic()
-        self._blocks = {b: _Block(steps.start, self._start) for b in range(num_blocks)}
-        blocks = range(schedule.num_blocks) if schedule else ()
+        self._blocks = {b: _Block(steps.start, self._start) for b in blocks}
         self._sigma = {b: schedule.block_range(b) for b in blocks} if schedule else {}
         self.live: Any = None
         self._shown_at = -math.inf
@@ -390,6 +430,16 @@ class _Display:
             steps = f"{block.step}/{self._max_steps}"
             table.add_row(f"block {number}", f"sigma {sigma}", bar, steps, loss, speed, eta)
         self.live.update(table, refresh=True)
+
+
+def blocks_name(blocks: tuple[int, ...]) -> str:
+    """In the names of a run's files: `blocks-0-2`."""
+    return "-".join(("blocks", *map(str, blocks)))
+
+
+def metrics_file(blocks: tuple[int, ...] | None) -> str:
+    """Of RUN; a run that trains some blocks has one of its own."""
+    return "metrics.jsonl" if blocks is None else f"metrics.{blocks_name(blocks)}.jsonl"
 
 
 def human_bytes(num_bytes: float | int) -> str:

@@ -197,8 +197,9 @@ class ParallelConfig:
     outer_momentum: float = 0.0
     """Nesterov momentum of the outer SGD; 0 to 1."""
     blocks: int | tuple[int, ...] | None = None
-    """Blocks to train, by themselves, with sync: every or never; null: all. One rank for each (or
-    parallel.replicas); the others' checkpoints in the run directory stay as they are."""
+    """Blocks to train by themselves, with sync: every or never; null: all. One rank for each (or
+    parallel.replicas). They exchange nothing, whatever sync says, and start from the newest step
+    that all of them have; the others' files in the run directory stay as they are."""
     check_every: int = 0
     """Steps between comparisons of the weights that several ranks hold alike, by their hashes; 0:
     never. A difference stops the run."""

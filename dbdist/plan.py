@@ -51,6 +51,10 @@ def run(argv: list[str]) -> None:
         options.insert(0, "--config")
     cluster = Cluster(given.nodes, given.gpus_per_node)
     config = parse_config("dbdist plan", "", options).validate()
+    if config.parallel.blocks is not None:
+        raise ConfigError(
+            "parallel.blocks trains some blocks by themselves; plan places all, leave it out"
+        )
     report(Plan(config, cluster, place(config, cluster)), options)
 
 

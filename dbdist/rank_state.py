@@ -26,6 +26,7 @@ from dbdist.checkpoint import (
 from dbdist.config import Config
 from dbdist.data import DatasetSpec
 from dbdist.ema import Ema
+from dbdist.errors import CheckpointError
 from dbdist.evaluation import Model
 from dbdist.inference import check_weights, fill
 from dbdist.models.vit import Block, ViTConfig, initial_weights
@@ -267,8 +268,12 @@ class RankState:
         topology, indices = self.topology, [owned.index for owned in self.blocks]
         with topology.agree("reading the checkpoint"):
             checkpoint.check_fits(describe_model(self.config, self.spec))
-            needed = files_to_restore(self.config, topology, indices)
-            read = {file: checkpoint.tensors(file) for file in needed}
+            has_common = checkpoint.has(SHARED)
+            needed = files_to_restore(self.config, topology, indices, has_common=has_common)
+            read: dict[str, dict[str, Tensor]] = {}
+            if isinstance(self.sync, Averaged) and topology.is_coordinator and not has_common:
+                read[SHARED] = mean_shared(checkpoint, self.config.num_blocks)
+            read |= {file: checkpoint.tensors(file) for file in needed}
             self._check(checkpoint.path, read)
         sync, shared = self.sync, self.shared_parameters
         shared_optimizer = optimizer_file(SHARED)
@@ -278,7 +283,7 @@ class RankState:
             with torch.no_grad():
                 for name, tensor in sync.anchor.items():
                     tensor.copy_(shared[name])
-            if sync.outer is not None:
+            if sync.outer is not None and shared_optimizer in read:
                 load_state(sync.outer, sync.anchor, unflatten(read.pop(shared_optimizer)))
         elif shared_optimizer in read:
             state = unflatten(read.pop(shared_optimizer))
@@ -377,7 +382,8 @@ class RankState:
 
     def _build_sync(self) -> SharedSync:
         p, topology = self.config.parallel, self.topology
-        if self.config.mode != "block_parallel" or p.sync == "never":
+        is_alone = p.sync == "never" or p.blocks is not None
+        if self.config.mode != "block_parallel" or is_alone:
             return Private(self._adamw(self.shared.parameters()))
         if p.coordinator == "sharded":
             return Sharded(topology, self.shared, self._adamw)
@@ -394,19 +400,24 @@ def own_blocks(config: Config, topology: Topology) -> list[int]:
     """The blocks that this rank trains: its own, or all in sequential mode."""
     if config.mode == "sequential":
         return list(range(config.num_blocks))
-    return [] if topology.block is None else [topology.block]
+    named = config.trained_blocks or range(config.num_blocks)
+    return [] if topology.block is None else [named[topology.block]]
 
 
-def files_to_restore(config: Config, topology: Topology, blocks: list[int]) -> list[str]:
+def files_to_restore(
+    config: Config, topology: Topology, blocks: list[int], *, has_common: bool = True
+) -> list[str]:
     """The files of a checkpoint that `RankState.restore` reads on this rank, which owns these
-    blocks, and no others."""
+    blocks, and no others. has_common: whether it holds what all blocks share; blocks that were
+    saved by themselves leave none."""
     p, has_ema = config.parallel, config.train.ema_decay > 0
     is_parallel = config.mode == "block_parallel"
     is_private = is_parallel and p.sync != "step"
-    is_averaged = is_parallel and p.sync == "every"
-    files = [SHARED] if is_averaged or not is_private else []
+    is_averaged = is_parallel and p.sync == "every" and p.blocks is None
+    files = [SHARED] if (is_averaged and has_common) or not is_private else []
     if is_averaged:
-        has_optimizer = topology.is_coordinator and (p.outer_lr != 1 or p.outer_momentum != 0)
+        is_plain = p.outer_lr == 1 and p.outer_momentum == 0
+        has_optimizer = topology.is_coordinator and not is_plain and has_common
     else:
         is_sharded = p.coordinator == "sharded"
         has_optimizer = not is_private and (
@@ -419,6 +430,19 @@ def files_to_restore(config: Config, topology: Topology, blocks: list[int]) -> l
     for name in map(block_file, blocks):
         files += [name, optimizer_file(name), *([ema_file(name)] if has_ema else [])]
     return files
+
+
+def mean_shared(checkpoint: Checkpoint, num_blocks: int) -> dict[str, Tensor]:
+    """The mean of the blocks' own shared modules: the common parameters of blocks that were saved
+    by themselves. Summed in block order, as `coordinator` does. Raises CheckpointError."""
+    total: dict[str, Tensor] = {}
+    for block in range(num_blocks):
+        _, private = split_private(checkpoint.tensors(block_file(block)))
+        if total and total.keys() != private.keys():
+            path = checkpoint.path / block_file(block)
+            raise CheckpointError(f"{path} has other shared modules than block 0's file")
+        total = {name: total[name] + t if total else t for name, t in private.items()}
+    return {name: tensor / num_blocks for name, tensor in total.items()}
 
 
 def describe_model(config: Config, spec: DatasetSpec) -> dict[str, Any]:

@@ -1,15 +1,20 @@
 """The folder of a run: its configuration, whether another may continue it, and its result."""
 
 import dataclasses
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dbdist.checkpoint import complete_folders, differences, step_of
+from dbdist.checkpoint import saved_folders, step_folders, step_of
 from dbdist.cli import parse_config, write_yaml
 from dbdist.config import Config
 from dbdist.errors import CheckpointError, ConfigError
 from dbdist.evaluation import Evaluation
+from dbdist.monitor import metrics_file
+from dbdist.parts import blocks_in, differences
 
 MAY_CHANGE = (
     "run_dir",
@@ -53,11 +58,12 @@ def check_run_dir(config: Config) -> None:
     """Raises CheckpointError if there is something to continue against `checkpoint.resume`, or a
     ConfigError that names the first key that differs if the run directory holds a run of another
     configuration; nothing is changed, and no data is needed."""
-    run_dir = Path(config.run_dir)
-    steps = [step_of(path) for path in complete_folders(run_dir / "checkpoints")]
+    run_dir, blocks = Path(config.run_dir), config.trained_blocks
+    steps = [step_of(path) for path in saved_folders(run_dir / "checkpoints", blocks)]
     if config.checkpoint.resume is True and not steps:
         raise CheckpointError(
-            f"checkpoint.resume is true, but {run_dir} has no complete checkpoint; "
+            f"checkpoint.resume is true, but {run_dir} has no complete checkpoint"
+            f"{'' if blocks is None else f' of blocks {list(blocks)}'}; "
             "leave it out to start"
         )
     if config.checkpoint.resume is False and steps:
@@ -65,14 +71,8 @@ def check_run_dir(config: Config) -> None:
             f"checkpoint.resume is false, but {run_dir} holds a checkpoint of "
             f"step {steps[-1]}; give another run_dir"
         )
-    held = _held_config(run_dir, bool(steps))
-    if held is not None:
-        for key, old, new in differences(dataclasses.asdict(held), dataclasses.asdict(config)):
-            if not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE):
-                raise ConfigError(
-                    f"{run_dir} holds a run with {key} {old}, not {new}; "
-                    "give another run_dir or the old value"
-                )
+    if (held := _held_config(run_dir, bool(steps))) is not None:
+        _check_same(held, config)
 
 
 def claim(config: Config, num_train: int, step: int | None) -> None:
@@ -81,6 +81,34 @@ def claim(config: Config, num_train: int, step: int | None) -> None:
     num_train: samples in the training set. step: of the checkpoint that will be continued. Raises
     ConfigError if the learning rate or the last step do not go with it; then nothing is changed.
     """
+    run_dir = Path(config.run_dir)
+    _check_steps(config, num_train, step)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(run_dir):  # runs of single blocks may come at the same time
+            if config.trained_blocks is not None:
+                if (held := _held_config(run_dir, step is not None)) is not None:
+                    _check_same(held, config)
+                    _check_steps(config, num_train, step)
+                (run_dir / metrics_file(config.trained_blocks)).touch()
+            everything = dataclasses.replace(config.parallel, blocks=None)
+            write_yaml(dataclasses.replace(config, parallel=everything), run_dir / "config.yaml")
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror})") from None
+
+
+def _check_same(held: Config, config: Config) -> None:
+    """Raises ConfigError naming the first key whose other value would make it another run."""
+    for key, old, new in differences(dataclasses.asdict(held), dataclasses.asdict(config)):
+        if not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE):
+            raise ConfigError(
+                f"{config.run_dir} holds a run with {key} {old}, not {new}; "
+                "give another run_dir or the old value"
+            )
+
+
+def _check_steps(config: Config, num_train: int, step: int | None) -> None:
+    """Raises ConfigError if the learning rate or the last step do not go with what is there."""
     run_dir = Path(config.run_dir)
     held = _held_config(run_dir, step is not None)
     if held is not None:
@@ -95,17 +123,26 @@ def claim(config: Config, num_train: int, step: int | None) -> None:
             f"{run_dir} is at step {step} already, beyond the {config.max_steps(num_train)} steps "
             "to train; give another run_dir or more steps"
         )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes waiting that ask for the same, where the file system can do that."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_yaml(config, run_dir / "config.yaml")
-    except OSError as error:
-        raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror})") from None
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _held_config(run_dir: Path, has_checkpoint: bool) -> Config | None:
     """The configuration of what was trained here; None where nothing was."""
     held = read_config(run_dir)
-    return held if has_checkpoint or (run_dir / "metrics.jsonl").exists() else None
+    has_parts = any(map(blocks_in, step_folders(run_dir / "checkpoints")))
+    is_held = has_checkpoint or has_parts or any(run_dir.glob("metrics*.jsonl"))
+    return held if is_held else None
 
 
 def last_schedule_step(config: Config, num_train: int) -> int | None:

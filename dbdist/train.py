@@ -10,6 +10,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from dbdist import build
+from dbdist.checkpoint import SHARED, Checkpoint, block_file, find_checkpoint, newest_steps
 from dbdist.cli import guarded, parse_config, say
 from dbdist.config import Config
 from dbdist.data import dataset_spec, load_dataset, prepare
@@ -48,7 +49,8 @@ def run(argv: list[str]) -> None:
 def train(
     config: Config, topology: Topology, tell: Callable[[str], None] | None = None
 ) -> Evaluation | None:
-    """Sets a run up on this rank and trains it; None if it was asked to stop. Collective.
+    """Sets a run up on this rank and trains it; None if it was asked to stop, or has only some
+    blocks of the model. Collective.
 
     tell: shows a line, from any thread; None: signals are not heard.
     """
@@ -59,14 +61,14 @@ def train(
     with topology.agree("reading the dataset's folder"):
         spec = dataset_spec(config.data)
         model = describe_model(config, spec)
-    needed = files_to_restore(config, topology, own_blocks(config, topology))
     choice = choose(
         run_dir,
         topology,
         model,
-        lambda _: needed,
+        partial(needed_files, config, topology),
         fallback=config.checkpoint.fallback,
         is_training=True,
+        blocks=config.trained_blocks,
     )
     checkpoint = choice and choice.checkpoint
     with topology.agree():
@@ -95,32 +97,70 @@ def train(
             set(range(topology.world_size)),
             trainer.start_step,
             trainer.max_steps,
+            blocks=config.trained_blocks,
         )
         monitor.ownership(rows)  # type: ignore[arg-type]
         if checkpoint is not None:
             monitor.message(f"continuing from step {checkpoint.step} ({checkpoint.path})")
+        tell_of_parts(config, checkpoint, monitor)
     grace_s = GRACE_S if config.parallel.sync != "step" else 0.0
     try:
         with hearing_signals(topology, tell, grace_s):
             evaluation = trainer.fit(monitor)
-        if evaluation is None:
+        if trainer.stop is not None:
             if monitor is not None:
                 stopped = f"stopped at step {trainer.step} ({trainer.stop and trainer.stop.reason})"
                 monitor.message(f"{stopped}; to continue: {Launch.command('dbdist.train')}")
             return None
         peaks = topology.gather(peak_memory_mb(topology.device))
-        if monitor is not None:
+        elapsed_s, peak_mb = time.perf_counter() - start, dict(enumerate(peaks))
+        if monitor is not None and evaluation is None:
+            steps, complete = newest_steps(run_dir, config.num_blocks), find_checkpoint(run_dir)
+            monitor.summary_of_blocks(steps, complete and complete.step, elapsed_s, peak_mb)  # type: ignore[arg-type]
+        elif monitor is not None and evaluation is not None:
             write_evaluation(run_dir, evaluation)
             monitor.summary(
                 evaluation.accuracy,
                 evaluation.accuracy_after_block,
-                time.perf_counter() - start,
-                dict(enumerate(peaks)),  # type: ignore[arg-type]
+                elapsed_s,
+                peak_mb,  # type: ignore[arg-type]
             )
     finally:
         if monitor is not None:
             monitor.close()
     return evaluation
+
+
+def needed_files(config: Config, topology: Topology, checkpoint: Checkpoint) -> list[str]:
+    """The files that this rank will read of a checkpoint that it continues."""
+    blocks, has_common = own_blocks(config, topology), checkpoint.has(SHARED)
+    files = files_to_restore(config, topology, blocks, has_common=has_common)
+    is_averaged = config.parallel.sync == "every" and config.trained_blocks is None
+    if is_averaged and not has_common and topology.is_coordinator:  # it makes a mean of them
+        files += [block_file(b) for b in range(config.num_blocks) if b not in blocks]
+    return files
+
+
+def tell_of_parts(config: Config, checkpoint: Checkpoint | None, monitor: Monitor) -> None:
+    """Warns of what blocks that were trained by themselves leave undone or behind."""
+    if config.trained_blocks is not None or config.parallel.sync == "step":
+        return
+    if checkpoint is not None and config.parallel.sync == "every" and not checkpoint.has(SHARED):
+        momentum = ", an outer momentum starts at zero" * (config.parallel.outer_momentum > 0)
+        monitor.warn(
+            f"{checkpoint.path} was saved block by block: the common parameters are the mean of "
+            f"the blocks' own{momentum}"
+        )
+    start = checkpoint.step if checkpoint else 0
+    steps = [step or 0 for step in newest_steps(Path(config.run_dir), config.num_blocks)]
+    if max(steps) > start:
+        ahead = ", ".join(f"block {b} has step {s}" for b, s in enumerate(steps) if s > start)
+        behind = [block for block, step in enumerate(steps) if step < max(steps)]
+        monitor.warn(
+            f"{ahead}, but all blocks start from step {start}, the newest they have in common; "
+            f"--parallel.blocks {behind[0] if len(behind) == 1 else behind} would train what is "
+            "behind alone"
+        )
 
 
 if __name__ == "__main__":

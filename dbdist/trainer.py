@@ -33,7 +33,7 @@ from dbdist.numerics import BadStep, LossSpikes, norms_of
 from dbdist.parallel.mailbox import Mailbox
 from dbdist.parallel.stopping import Stop
 from dbdist.parallel.topology import Layout, Topology
-from dbdist.rank_state import OwnedBlock, RankState, describe_model
+from dbdist.rank_state import OwnedBlock, RankState, describe_model, own_blocks
 from dbdist.tasks.classification import Draws, Loss, sample_draws
 
 
@@ -68,7 +68,8 @@ def layout_of(config: Config, world_size: int) -> Layout:
     """Which ranks this configuration wants; end_to_end takes every process as a replica.
     Raises TopologyError or ConfigError when the mode cannot use this many."""
     if config.mode == "block_parallel":
-        return Layout(config.num_blocks, config.parallel.replicas, config.parallel.coordinator)
+        num_blocks = len(config.trained_blocks or range(config.num_blocks))
+        return Layout(num_blocks, config.parallel.replicas, config.parallel.coordinator)
     if config.mode == "sequential" and world_size > 1:
         raise TopologyError(
             f"mode sequential trains in one process, {world_size} were started; "
@@ -103,9 +104,7 @@ class Trainer:
         self.schedule = None if config.mode == "end_to_end" else config.noise_schedule()
         self.max_steps = config.max_steps(len(train_set))
         self.start_step = checkpoint.step if checkpoint else 0
-        if blocks is None:
-            blocks = [] if topology.block is None else [topology.block]
-            blocks = list(range(config.num_blocks)) if config.mode == "sequential" else blocks
+        blocks = own_blocks(config, topology) if blocks is None else blocks
         is_empty = checkpoint is not None
         self.state = RankState(config, topology, train_set.spec, blocks, is_empty=is_empty)
         if checkpoint is not None:
@@ -114,7 +113,12 @@ class Trainer:
         self._order = self._block_order()
         self.trainees = [self._trainee(owned) for owned in self.state.blocks]
         self.writer = CheckpointWriter(
-            Path(config.run_dir), topology, self._writers(), config.checkpoint.keep_last
+            Path(config.run_dir),
+            topology,
+            self._writers(),
+            config.checkpoint.keep_last,
+            self._own_part(),
+            config.trained_blocks,
         )
         self.monitor: Monitor | None = None
         self.stop: Stop | None = None
@@ -127,10 +131,10 @@ class Trainer:
         self._marks = _Marks(step=self.start_step)
 
     def fit(self, monitor: Monitor | None) -> Evaluation | None:
-        """Trains to the last step and evaluates. monitor: on rank 0.
+        """Trains to the last step and evaluates, if all blocks are here. monitor: on rank 0.
 
-        Returns None if it was asked to stop before (`stop` says why); what was trained is saved
-        then. Raises Fault where something is wrong, UserError for a mistake.
+        Returns None without all blocks, or if it was asked to stop before (`stop` says why); what
+        was trained is saved then. Raises Fault where something is wrong, UserError for a mistake.
         """
         self.monitor = monitor
         if monitor is not None:
@@ -151,7 +155,7 @@ class Trainer:
                 self.step = step + 1
                 evaluation = self._after_step(self.step)
             else:
-                if evaluation is None:  # there was nothing left to train
+                if evaluation is None and self.has_all_blocks:  # there was nothing left to train
                     evaluation = self.evaluate(self.start_step)
                 self._finish_saving()
         finally:
@@ -328,9 +332,8 @@ class Trainer:
     # Between steps
 
     def _save(self, step: int) -> None:
-        about = self._about(step) if self.topology.is_coordinator else {}
-        files = self.state.files()
-        self.writer.save(step, files, about, None if self._is_sound else "numbers are wrong")
+        refusal = None if self._is_sound else "its numbers are wrong"
+        self.writer.save(step, self.state.files(), self._about(step), refusal=refusal)
 
     def _stop_for_any_fault(self) -> None:
         """At the end, where no rank asks any more whether to go on. Collective."""
@@ -340,15 +343,20 @@ class Trainer:
 
     def _save_and_stop(self, stop: Stop) -> None:
         """Saves what may be saved. Raises Fault if something is wrong."""
-        is_common = stop.last_step is not None and not stop.is_fault
         is_new = self.step > self.start_step and self.step != self.writer.last_step
-        if is_common and is_new:
+        told = ""
+        if is_new and not stop.is_fault and stop.last_step is not None:
             self._after_step(self.step, is_stop=True)
             self._finish_saving()
+        elif is_new and self._is_sound and self._has_own_part:
+            self.topology.watch.at("saving")
+            self.writer.save(self.step, self.state.files(), self._about(self.step), is_alone=True)
+            self.writer.finish(self.config.parallel.timeout_s)
+            told = f"; blocks {own_blocks(self.config, self.topology)} saved step {self.step}"
         if stop.is_fault:
-            raise Fault(stop.reason)
+            raise Fault(stop.reason + told)
         if stop.last_step is None:
-            raise Fault(f"{stop.reason}, but a rank is gone: nothing new was saved")
+            raise Fault(f"{stop.reason}, but a rank is gone{told or '; nothing new is saved'}")
 
     def _finish_saving(self) -> None:
         self.topology.watch.at("completing the checkpoint", waits=True)
@@ -359,7 +367,8 @@ class Trainer:
         """What is due after a step of every block: checkpoint, evaluation, record. is_stop: all is
         done but the checkpoint."""
         config, is_last = self.config, step == self.max_steps
-        is_eval = (is_last or _is_due(step, config.eval.every_steps)) and not is_stop
+        is_eval = is_last or _is_due(step, config.eval.every_steps)
+        is_eval = is_eval and self.has_all_blocks and not is_stop
         is_save = is_last or _is_due(step, config.checkpoint.every_steps) or is_stop
         is_log = is_eval or is_save or _is_due(step, config.train.log_every) or step == 1
         if _is_due(step, config.parallel.check_every) and not is_stop:
@@ -376,7 +385,7 @@ class Trainer:
         if evaluation is not None and self.topology.is_coordinator:
             scalars |= evaluation.scalars()
         if is_log:
-            self._post(step, scalars, with_histograms=is_eval)
+            self._post(step, scalars, with_histograms=is_eval or is_last)
             self._collect()
         return evaluation
 
@@ -484,14 +493,34 @@ class Trainer:
         return self.monitor is None or self.monitor.has_recorded(step)
 
     def _about(self, step: int) -> dict[str, Any]:
-        """What a checkpoint's manifest says beside its files."""
+        """What a checkpoint's manifest and parts say beside their files."""
+        spec = self.train_set.spec
         return {
             "samples_seen": step * self.config.train.batch_size * self.config.num_blocks,
-            "model": describe_model(self.config, self.train_set.spec),
+            "seed": self.config.seed,
+            "data": {"name": spec.name, "class_names": spec.class_names},
+            "model": describe_model(self.config, spec),
             "config": asdict(self.config),
         }
 
     # Set-up
+
+    @property
+    def has_all_blocks(self) -> bool:
+        """Whether this run has the whole model, or some of its blocks by themselves."""
+        return self.config.trained_blocks is None
+
+    def _own_part(self) -> int | None:
+        """The block whose part of each checkpoint this rank writes: its own, if that needs nothing
+        of other ranks."""
+        is_writer = self._has_own_part and self.topology.is_leader
+        return self.state.blocks[0].index if is_writer else None
+
+    @property
+    def _has_own_part(self) -> bool:
+        """Whether this rank's block can be saved without the others."""
+        is_private = self.config.mode == "block_parallel" and self.config.parallel.sync != "step"
+        return is_private and bool(self.state.blocks)
 
     def _trainee(self, owned: OwnedBlock) -> Trainee:
         config, device, block = self.config, self.topology.device, owned.index

@@ -17,7 +17,7 @@ LOWEST = ("noise", "seeds", "errors", "options", "config", "models", "sampler")
 PURE = (*LOWEST, "denoiser", "tasks", "data", "ema", "inference")
 ENTRY_POINTS = tuple(
     f"dbdist.{name}"
-    for name in ("train", "evaluate", "plan", "export", "import_published", "cli", "bench")
+    for name in ("train", "evaluate", "plan", "export", "merge", "import_published", "cli", "bench")
 )
 
 

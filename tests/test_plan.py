@@ -375,6 +375,11 @@ def test_unused_gpus_are_told(capsys, words, warning):
             ["3 blocks x 1 replica + 1 dedicated coordinator need 4 GPUs", "use --nodes 2"],
         ),
         (["--gpus-per-node=8", "--mode=sequential"], TopologyError, ["one process"]),
+        (
+            ["--gpus-per-node=3", "--parallel.sync=never", "--parallel.blocks=1"],
+            ConfigError,
+            ["parallel.blocks", "leave it out"],
+        ),
         (["--gpus-per-node=3", "--mode=end_to_end"], ConfigError, ["batch_size 128", "= 3"]),
         (["--gpus-per-node=3", "--data.nam=x"], ConfigError, ["did you mean --data.name"]),
         (["--gpus-per-node=3", "--model.num_blocks=4"], ConfigError, ["num_blocks 4"]),

@@ -84,6 +84,7 @@ def test_what_does_not_change_the_steps_already_taken_may_change(tmp_path, claim
     assert len(free) > len(MAY_CHANGE)
     for key in free:
         config = changed(config, key, ALL[key])
+    config = changed(config, "parallel.blocks", None)
     claim(config, 1000, 4)
     assert read_config(tmp_path) == config
 

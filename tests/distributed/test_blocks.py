@@ -1,0 +1,309 @@
+"""Blocks that are trained by themselves: in separate jobs, at the same time, after a rank has died,
+and merged; always the weights of the joint run, bit for bit."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+import torch
+from ranks import config_of
+from test_torchrun import ROOT, assert_refused
+
+from dbdist import merge
+from dbdist.checkpoint import SHARED, complete_folders, find_checkpoint, newest_steps, split_private
+from dbdist.cli import parse_config
+from dbdist.errors import UserError
+from dbdist.evaluate import evaluate_run
+from dbdist.parallel.topology import Layout, Topology
+from dbdist.parts import blocks_in
+from dbdist.run_dir import read_config
+from dbdist.train import train
+from dbdist.trainer import layout_of
+
+TINY = ["--config", "configs/digits.yaml", "--model.num_layers", "3", "--train.max_steps", "12"]
+TINY += ["--checkpoint.every_steps", "4", "--train.ema_decay", "0.5"]
+NEVER = [*TINY, "--parallel.sync", "never"]
+
+
+class Job:
+    """A process of its own; `end` waits for it."""
+
+    def __init__(self, *words, ranks=1):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [sys.executable, *(launcher if ranks > 1 else ()), *map(str, words)]
+        environment = {k: v for k, v in os.environ.items() if k != "TORCH_DISTRIBUTED_DEBUG"}
+        out = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=out, stderr=out, text=True
+        )
+
+    def end(self, code=0):
+        out, err = self._process.communicate(timeout=120)
+        assert code is None or self._process.returncode == code, err[-3000:]
+        return out
+
+
+def job(run_dir, block, *more):
+    words = "-m", "dbdist.train", *NEVER, "--run_dir", run_dir, "--parallel.blocks", block, *more
+    return Job(*words)
+
+
+def train_here(run_dir, block):
+    """The same in this process."""
+    words = [*NEVER, "--run_dir", str(run_dir), "--parallel.blocks", str(block)]
+    config = parse_config("test", "", words).validate()
+    assert train(config, Topology(layout_of(config, 1))) is None
+
+
+def assert_same_weights(run_dir, expected, step=12):
+    own, other = find_checkpoint(run_dir, step), find_checkpoint(expected, step)
+    assert own.manifest["files"] == other.manifest["files"], "sizes and SHA-256 of every file"
+    for name in own.manifest["files"]:
+        own.tensors(name)  # they are what is there
+
+
+def evaluation_of(run_dir):
+    """The model that one process reads from a run, scored."""
+    config = read_config(run_dir).validate()
+    evaluate_run(config, Topology(Layout(1)))
+    return without_speed(run_dir)
+
+
+def without_speed(run_dir):
+    values = json.loads((run_dir / "evaluation.json").read_text())
+    return {k: v for k, v in values.items() if k not in ("samples_per_s", "world_size")}
+
+
+def complete_steps(run_dir):
+    return [int(path.name[5:]) for path in complete_folders(run_dir / "checkpoints")]
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory):
+    """All three blocks in one torchrun."""
+    folder = tmp_path_factory.mktemp("blocks") / "joint"
+    Job("-m", "dbdist.train", *NEVER, "--run_dir", folder, ranks=3).end()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def separate(tmp_path_factory):
+    """Each block in a run directory of its own, two jobs at a time."""
+    folder = tmp_path_factory.mktemp("separate")
+    pair = [job(folder / f"run{block}", block) for block in (0, 1)]
+    for each in pair:
+        each.end()
+    job(folder / "run2", 2).end()
+    return [folder / f"run{block}" for block in range(3)]
+
+
+def test_a_job_trains_its_block_alone_and_says_what_is_there(tmp_path, joint, capsys):
+    """Three jobs in one directory, the first two at the same time."""
+    folder = tmp_path / "new/run"
+    pair = [job(folder, block) for block in (0, 1)]
+    outs = [each.end() for each in pair]
+    assert "block 2" in outs[0]
+    assert "not trained" in outs[0]
+    assert "dbdist evaluate" not in outs[0] + outs[1]
+    assert complete_steps(folder) == []
+    assert read_config(folder).parallel.blocks is None
+    train_here(folder, 2)
+    assert f"dbdist evaluate --run_dir {folder}" in capsys.readouterr().out
+    assert complete_steps(folder) == [8, 12]
+    assert_same_weights(folder, joint)
+    assert_same_weights(folder, joint, 8)
+    assert evaluation_of(folder) == without_speed(joint)
+    names = {p.name for p in folder.iterdir()} - {"evaluation.json"}
+    metrics = {f"metrics.blocks-{block}.jsonl" for block in range(3)}
+    assert names == {"config.yaml", "checkpoints", "tensorboard", *metrics}
+    assert {p.name for p in (folder / "tensorboard").iterdir()} == {
+        f"blocks-{block}" for block in range(3)
+    }
+    lines = (folder / "metrics.blocks-1.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 4, 8, 10, 12]
+    losses = {k: v for k, v in json.loads(lines[-1]).items() if k.startswith("train/")}
+    jointly = json.loads((joint / "metrics.jsonl").read_text().splitlines()[-1])
+    assert losses == {k: v for k, v in jointly.items() if k.endswith("block1") and "train" in k}
+
+
+def test_blocks_of_three_directories_merge_to_the_joint_run(separate, joint, tmp_path):
+    out = tmp_path / "out"
+    merge.run([*map(str, separate), str(out)])
+    assert_same_weights(out, joint)
+    assert evaluation_of(out) == without_speed(joint)
+
+
+DYING = """
+import os, signal, sys, time
+from pathlib import Path
+from dbdist.train import main
+from dbdist.trainer import Trainer
+run_dir, real = Path(sys.argv[-1]), Trainer.train_step
+def train_step(trainer, step):
+    if step == 6 and trainer.topology.rank == 1:
+        parts = [run_dir / f"checkpoints/step-00000012/block-{b}.part.json" for b in (0, 2)]
+        while not all(part.exists() for part in parts):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(trainer, step)
+Trainer.train_step = train_step
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def bereft(tmp_path_factory):
+    """A joint run whose rank 1 was killed in step 7, when the others had saved their last."""
+    folder = tmp_path_factory.mktemp("bereft")
+    (folder / "dying.py").write_text(DYING)
+    Job(folder / "dying.py", *NEVER, "--run_dir", folder / "run", ranks=3).end(code=None)
+    return folder / "run"
+
+
+def test_a_block_whose_rank_was_killed_is_continued_alone(bereft, joint, tmp_path, capsys):
+    folder = shutil.copytree(bereft, tmp_path / "run")
+    assert newest_steps(folder, 3) == [12, 4, 12]
+    assert complete_steps(folder) == [4]
+    assert not (folder / "evaluation.json").exists()
+    others = {p: p.stat().st_mtime_ns for b in (0, 2) for p in folder.rglob(f"block-{b}.*")}
+    train_here(folder, 1)
+    assert "continuing from step 4" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in others} == others, "nothing of theirs was touched"
+    assert complete_steps(folder) == [8, 12]
+    assert_same_weights(folder, joint)
+    assert evaluation_of(folder) == without_speed(joint)
+
+
+# -- in this process -------------------------------------------------------------------------------
+
+
+def train_rank(rank, options):
+    """What this rank printed."""
+    config = config_of(*options)
+    topology = rank.join(layout_of(config, rank.launch.world_size))
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
+        evaluation = train(config, topology)
+    assert (evaluation is None) == (config.parallel.blocks is not None)
+    return out.getvalue()
+
+
+def options_of(run_dir, *more, sync="never", steps=6):
+    base = f"run_dir={run_dir} train.max_steps={steps} checkpoint.every_steps=2"
+    return [*base.split(), f"parallel.sync={sync}", *more]
+
+
+@pytest.fixture(scope="module")
+def jointly(ranks, tmp_path_factory):
+    """Three ranks, six steps: {sync: its run directory}."""
+    folder = tmp_path_factory.mktemp("jointly")
+    every = "parallel.sync_every=4", "parallel.outer_momentum=0.9", "parallel.outer_lr=0.7"
+    for sync, more in (("never", ()), ("every", every)):
+        ranks.run(3, train_rank, options_of(folder / sync, *more, sync=sync))
+    return folder, every
+
+
+def test_two_blocks_train_in_one_job_and_a_third_by_itself(ranks, tmp_path, jointly):
+    folder, _ = jointly
+    options = options_of(tmp_path)
+    ranks.run(2, train_rank, [*options, "parallel.blocks=[2,0]"])
+    assert newest_steps(tmp_path, 3) == [6, None, 6]
+    assert (tmp_path / "metrics.blocks-0-2.jsonl").exists()
+    ranks.run(1, train_rank, [*options, "parallel.blocks=1"])
+    assert_same_weights(tmp_path, folder / "never", 6)
+
+
+def test_a_merged_run_is_continued_as_the_joint_one(ranks, tmp_path, jointly):
+    """Blocks 0 and 2 from one run, block 1 from another; then all together."""
+    folder, _ = jointly
+    for blocks, name in (("[0,2]", "a"), ("1", "b")):
+        num_ranks = 2 if name == "a" else 1
+        options = options_of(tmp_path / name, f"parallel.blocks={blocks}")
+        ranks.run(num_ranks, train_rank, options)
+    merge.run([str(tmp_path / name) for name in ("a", "b", "out")])
+    shutil.copytree(folder / "never", tmp_path / "joint")
+    for name in ("out", "joint"):
+        told = ranks.run(3, train_rank, options_of(tmp_path / name, steps=8))[0]
+        assert "continuing from step 6" in told
+    assert_same_weights(tmp_path / "out", tmp_path / "joint", 8)
+    assert without_speed(tmp_path / "out") == without_speed(tmp_path / "joint")
+
+
+def test_replicas_of_a_block_train_it_alone(ranks, tmp_path, jointly):
+    folder, _ = jointly
+    options = options_of(tmp_path, "parallel.blocks=1", "parallel.replicas=2")
+    ranks.run(2, train_rank, options)
+    path = tmp_path / "checkpoints/step-00000006"
+    assert blocks_in(path) == [1]
+    own = torch.cat([t.flatten() for t in tensors_of(path, 1).values()])
+    expected = tensors_of(folder / "never/checkpoints/step-00000006", 1).values()
+    torch.testing.assert_close(own, torch.cat([t.flatten() for t in expected]), rtol=0, atol=1e-4)
+
+
+def tensors_of(path, block):
+    from safetensors.torch import load_file
+
+    return dict(sorted(load_file(path / f"block-{block}.safetensors").items()))
+
+
+def test_a_joint_run_goes_on_where_all_blocks_are_and_tells_of_those_ahead(
+    ranks, tmp_path, jointly
+):
+    folder, _ = jointly
+    shutil.copytree(folder / "never", tmp_path / "run")
+    options = options_of(tmp_path / "run", steps=10)
+    ranks.run(1, train_rank, [*options, "parallel.blocks=1"])
+    assert newest_steps(tmp_path / "run", 3) == [6, 10, 6]
+    assert complete_steps(tmp_path / "run") == [4, 6]
+    told = ranks.run(3, train_rank, options_of(tmp_path / "run", steps=8))[0]
+    assert "continuing from step 6" in told
+    assert "block 1 has step 10, but all blocks start from step 6" in told
+    assert "--parallel.blocks [0, 2]" in told
+    assert newest_steps(tmp_path / "run", 3) == [8, 10, 8], "what is ahead stays"
+    assert complete_steps(tmp_path / "run") == [6, 8]
+
+
+def test_every_goes_on_from_parts_with_the_mean_of_the_blocks(ranks, tmp_path, jointly):
+    """From step 6 each block alone to 8; the joint run then averages what the blocks hold."""
+    folder, every = jointly
+    run = shutil.copytree(folder / "every", tmp_path / "run")
+    options = options_of(run, *every, sync="every", steps=8)
+    for block in range(3):
+        ranks.run(1, train_rank, [*options, f"parallel.blocks={block}"])
+    checkpoint = find_checkpoint(run)
+    assert checkpoint.step == 8
+    assert not checkpoint.has(SHARED)
+    copies = [split_private(checkpoint.tensors(f"block-{b}.safetensors"))[1] for b in range(3)]
+    name = min(copies[0])
+    assert not torch.equal(copies[0][name], copies[1][name]), "they have gone their own ways"
+    told = ranks.run(3, train_rank, options_of(run, *every, sync="every", steps=9))[0]
+    assert "was saved block by block: the common parameters are the mean" in told
+    assert "outer momentum starts at zero" in told
+    anchor = find_checkpoint(run, 9).tensors(SHARED)[name]  # step 9 averages nothing
+    torch.testing.assert_close(anchor, sum(c[name] for c in copies) / 3, rtol=0, atol=1e-7)
+
+
+def test_blocks_of_other_configurations_and_numbers_of_ranks_are_refused(tmp_path, jointly):
+    folder, _ = jointly
+    words = ["dbdist.train", *NEVER, "--run_dir", tmp_path / "run"]
+    assert_refused([*words, "--parallel.blocks", "[0,1]"], 1, "2 blocks x 1 replica need 2 proc")
+    assert not (tmp_path / "run").exists()
+    run = shutil.copytree(folder / "never", tmp_path / "held")
+    (run / "metrics.jsonl").unlink()
+    for path in run.rglob("manifest.json"):
+        path.unlink()
+    for path in run.rglob("block-1.*"):
+        path.unlink()
+    for words, text in (
+        (["train.lr=0.5", "parallel.blocks=1"], "train.lr 0.01, not 0.5"),
+        (["checkpoint.resume=true", "parallel.blocks=1"], r"no complete checkpoint of blocks [1]"),
+        (["checkpoint.resume=false", "parallel.blocks=2"], "holds a checkpoint of step 6"),
+        (["train.max_steps=4", "parallel.blocks=2"], "at step 6 already"),
+    ):
+        with pytest.raises(UserError) as caught:
+            train(config_of(*options_of(run), *words), Topology(Layout(1)))
+        assert text in str(caught.value)
