@@ -145,27 +145,6 @@ def test_a_full_disk_costs_records_and_not_the_run(small_disk, capsys, monkeypat
     assert not printed, "TensorBoard's thread ends quietly"
 
 
-def test_errors_of_other_threads_and_other_errors_are_printed_as_before(tmp_path, monkeypatch):
-    printed: list[threading.ExceptHookArgs] = []
-    monkeypatch.setattr(threading, "excepthook", printed.append)
-    monitor, _ = build_monitor(tmp_path)
-    for _ in range(2):
-        thread = threading.Thread(target=(tmp_path / "absent").read_bytes)
-        thread.start()
-        thread.join()
-    writer = monitor._tensorboard.writer._get_file_writer().event_writer._async_writer
-    writer._byte_queue.put("no bytes")
-    writer._worker.join(10)
-    monitor._tensorboard.drop()
-    monitor.close()
-    assert [args.exc_type for args in printed] == [
-        FileNotFoundError,
-        FileNotFoundError,
-        printed[-1].exc_type,
-    ]
-    assert not issubclass(printed[-1].exc_type, OSError)
-
-
 def test_what_is_added_to_a_written_step_amends_its_line(tmp_path):
     monitor, _ = build_monitor(tmp_path, reporters=(0,))
     for step in (1, 2):
@@ -416,3 +395,21 @@ def test_importing_monitor_loads_neither_tensorboard_nor_matplotlib():
     modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert "dbdist.monitor" in modules
     assert not {"tensorboard", "matplotlib", "rich.live"} & set(modules)
+
+
+def test_errors_of_other_threads_and_other_errors_are_printed_as_before(tmp_path, monkeypatch):
+    printed: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    monitor, _ = build_monitor(tmp_path)
+    for _ in range(2):
+        thread = threading.Thread(target=(tmp_path / "absent").read_bytes)
+        thread.start()
+        thread.join()
+    writer = monitor._tensorboard.writer._get_file_writer().event_writer._async_writer
+    writer._byte_queue.put("no bytes")
+    writer._worker.join(10)
+    monitor._tensorboard.drop()
+    monitor.close()
+    *others, own = [args.exc_type for args in printed]
+    assert others == [FileNotFoundError, FileNotFoundError]
+    assert not issubclass(own, OSError)
