@@ -204,7 +204,7 @@ class Watch:
         values: dict[int, list[float]] = defaultdict(list)
         for minute, usage, is_training in self.samples[name]:
             if is_memory or is_training:
-                values[minute].append(getattr(usage, key))
+                values[minute].append(float(getattr(usage, key)))
         level = max if is_memory else statistics.median
         return {minute: level(of_it) for minute, of_it in sorted(values.items())}
 
