@@ -29,7 +29,7 @@ from dbdist.config import Config
 from dbdist.errors import ConfigError, Fault, UserError
 
 if TYPE_CHECKING:
-    from dbdist.parallel.topology import Launch
+    from dbdist.parallel.launch import Launch
 
 MAX_YAML_CHARACTERS = 2**16
 MAX_YAML_DEPTH = 16
@@ -204,7 +204,7 @@ def _load_yaml(text: str) -> Any:
 
 def _check_local_rank(given: int | None) -> None:
     """Raises ConfigError for a --local_rank that is not the environment's."""
-    from dbdist.parallel.topology import Launch
+    from dbdist.parallel.launch import Launch
 
     if given is not None and given != (known := Launch.from_environment().local_rank):
         raise ConfigError(
@@ -246,7 +246,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def _launch() -> "Launch":
     """This process among those the launcher started; a process alone if that cannot be told."""
-    from dbdist.parallel.topology import Launch
+    from dbdist.parallel.launch import Launch
 
     try:
         return Launch.from_environment()

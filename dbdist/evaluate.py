@@ -23,7 +23,8 @@ from dbdist.data import dataset_spec, load_dataset, prepare
 from dbdist.errors import CheckpointError, ConfigError, TopologyError
 from dbdist.evaluation import Evaluation, Model, check_test_set, evaluate
 from dbdist.fallback import choose
-from dbdist.parallel.topology import Launch, Layout, Topology
+from dbdist.parallel.launch import Launch
+from dbdist.parallel.topology import Layout, Topology
 from dbdist.rank_state import describe_model
 from dbdist.restore import files_of_block, load_block
 from dbdist.run_dir import read_config, write_evaluation

@@ -13,8 +13,9 @@ from dbdist import __version__
 from dbdist.config import Config
 from dbdist.errors import Fault, UserError
 from dbdist.parallel.agreement import digest_of_code, flat
+from dbdist.parallel.launch import Launch
 from dbdist.parallel.stopping import Signals
-from dbdist.parallel.topology import Launch, Layout, Topology, build_topology
+from dbdist.parallel.topology import Layout, Topology, build_topology
 
 _CONNECTION = re.compile(r"gloo|NCCL|[Cc]onnection|[Bb]roken pipe|[Tt]imed? ?out|store")
 

@@ -18,7 +18,8 @@ from dbdist.evaluation import Evaluation
 from dbdist.fallback import choose, set_aside
 from dbdist.monitor import Monitor, peak_memory_mb
 from dbdist.parallel.agreement import check_agreement
-from dbdist.parallel.topology import Launch, Topology
+from dbdist.parallel.launch import Launch
+from dbdist.parallel.topology import Topology
 from dbdist.rank_state import describe_model, files_to_restore, own_blocks
 from dbdist.run_dir import check_run_dir, claim, write_evaluation
 from dbdist.session import facts_of, hearing_signals, joined

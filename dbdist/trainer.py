@@ -11,12 +11,11 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -28,40 +27,13 @@ from dbdist.data import BatchStream, ImageDataset
 from dbdist.errors import ConfigError, Fault, TopologyError
 from dbdist.evaluation import Evaluation, check_test_set, evaluate
 from dbdist.histogram import SigmaHistogram
-from dbdist.monitor import Monitor, peak_memory_mb
-from dbdist.numerics import BadStep, LossSpikes, norms_of
-from dbdist.parallel.mailbox import Mailbox
+from dbdist.monitor import Monitor
+from dbdist.numerics import BadStep, norms_of
 from dbdist.parallel.stopping import Stop
 from dbdist.parallel.topology import Layout, Topology
 from dbdist.rank_state import OwnedBlock, RankState, describe_model, own_blocks
+from dbdist.records import Records, StepResult, Trainee
 from dbdist.tasks.classification import Draws, Loss, sample_draws
-
-
-@dataclass
-class Trainee:
-    """A block in training: where it is in its data, and what is not yet recorded."""
-
-    owned: OwnedBlock
-    steps_done: int
-    batches: BatchStream
-    totals: Tensor
-    """Sums of loss, cross-entropy, gradient norm and steps since the last record, on the device,
-    without the steps that were skipped."""
-    histogram: SigmaHistogram | None
-    seconds: float = 0.0
-    num_skipped: int = 0
-    """Steps skipped since the last record."""
-    skipped_in_a_row: int = 0
-    spikes: LossSpikes = field(default_factory=LossSpikes)
-
-
-@dataclass
-class _Step:
-    """What one step of a block has come to, over the parts of its batch."""
-
-    loss: Tensor
-    cross_entropy_N: list[Tensor]
-    sigma_N: list[Tensor]
 
 
 def layout_of(config: Config, world_size: int) -> Layout:
@@ -120,15 +92,13 @@ class Trainer:
             self._own_part(),
             config.trained_blocks,
         )
-        self.monitor: Monitor | None = None
         self.stop: Stop | None = None
         """Why training ended before its last step."""
         self.step = self.start_step
         """Steps done by every block."""
         self._is_sound = True
         """Whether this rank's state may be saved."""
-        self._mailbox = Mailbox(topology, "metrics")
-        self._marks = _Marks(step=self.start_step)
+        self.records = Records(config, topology, self.state.sync, self.trainees, self.start_step)
 
     def fit(self, monitor: Monitor | None) -> Evaluation | None:
         """Trains to the last step and evaluates, if all blocks are here. monitor: on rank 0.
@@ -136,10 +106,10 @@ class Trainer:
         Returns None without all blocks, or if it was asked to stop before (`stop` says why); what
         was trained is saved then. Raises Fault where something is wrong, UserError for a mistake.
         """
-        self.monitor = monitor
+        self.records.monitor = monitor
         if monitor is not None:
             self.writer.warn = monitor.warn
-            self.writer.is_recorded = self._is_recorded
+            self.writer.is_recorded = self.records.has
         if self.topology.is_coordinator:
             self.writer.clean()
         self.topology.barrier()
@@ -160,7 +130,7 @@ class Trainer:
                 self._finish_saving()
         finally:
             self.close()
-        self._collect()
+        self.records.collect()
         return evaluation if self.stop is None else None
 
     def train_step(self, step: int) -> None:
@@ -205,7 +175,7 @@ class Trainer:
             self._seed_dropout(trainee)
         state.zero_gradients(owned)
         size = len(labels_N) // parts
-        done = _Step(torch.zeros((), dtype=torch.float64, device=self.topology.device), [], [])
+        done = StepResult(torch.zeros((), dtype=torch.float64, device=self.topology.device), [], [])
         for first in range(0, len(labels_N), size):
             rows = slice(first, first + size)
             part = draws and draws.part(first, first + size)
@@ -229,7 +199,7 @@ class Trainer:
         with self._phase("optimizer"):
             if is_finite:
                 owned.engine.step(scale)
-                self._note(trainee, done, loss_value, norm_value)
+                self.records.note(trainee, done, loss_value, norm_value)
             trainee.steps_done += 1
         with self._phase("sync"):
             state.sync.finish(trainee.steps_done, is_skipped=not is_finite)
@@ -246,7 +216,7 @@ class Trainer:
             yield
 
     def _handle_nonfinite(
-        self, trainee: Trainee, done: _Step, loss: float, grad_norm: float
+        self, trainee: Trainee, done: StepResult, loss: float, grad_norm: float
     ) -> None:
         """Leaves the gradients out of this step, reports it, and stops all ranks if so wanted."""
         owned, topology, policy = trainee.owned, self.topology, self.config.train.nonfinite
@@ -275,7 +245,7 @@ class Trainer:
         limit = self.config.train.max_skipped
         text = f"rank {topology.rank}, block {bad.block}, step {bad.step}: {bad}"
         if policy == "skip" and trainee.skipped_in_a_row <= limit:
-            self._warn(f"{text}; the step is skipped, see {report}")
+            self.records.warn(f"{text}; the step is skipped, see {report}")
             return
         self._is_sound = False
         row = f" in {limit + 1} steps in a row (train.max_skipped)" if policy == "skip" else ""
@@ -375,7 +345,7 @@ class Trainer:
             self._compare_weights(step)
         if is_last:
             self._stop_for_any_fault()
-        scalars = self._measure(step) if is_log else {}
+        scalars = self.records.measure(step) if is_log else {}
         if is_save:
             self.topology.watch.at("saving")
             self._save(step)
@@ -385,28 +355,9 @@ class Trainer:
         if evaluation is not None and self.topology.is_coordinator:
             scalars |= evaluation.scalars()
         if is_log:
-            self._post(step, scalars, with_histograms=is_eval or is_last)
-            self._collect()
+            self.records.post(step, scalars, with_histograms=is_eval or is_last)
+            self.records.collect()
         return evaluation
-
-    def _note(self, trainee: Trainee, done: _Step, loss: float, grad_norm: float) -> None:
-        """Adds a finite step to what the next record says."""
-        trainee.skipped_in_a_row = 0
-        cross_entropy_N = torch.cat(done.cross_entropy_N)
-        trainee.totals[0] += done.loss
-        trainee.totals[1] += cross_entropy_N.mean()
-        trainee.totals[2] += grad_norm
-        trainee.totals[3] += 1
-        if trainee.histogram is not None and done.sigma_N:
-            trainee.histogram.add(torch.cat(done.sigma_N), cross_entropy_N)
-        if told := trainee.spikes.add(loss):
-            place = f"block {trainee.owned.index}, step {trainee.steps_done + 1}"
-            self._warn(f"{place}: {told} (gradient norm {grad_norm:.4g})")
-
-    def _warn(self, text: str) -> None:
-        """A line in the log, from the block's first replica."""
-        if self.topology.replica == 0:
-            self._mailbox.post({"warning": text})
 
     def _compare_weights(self, step: int) -> None:
         """Stops the run where ranks no longer have the same weights."""
@@ -417,80 +368,6 @@ class Trainer:
                 "checkpoint before this step",
                 is_fault=True,
             )
-
-    def _measure(self, step: int) -> dict[str, float]:
-        """This rank's scalars since the last record. Collective among the replicas of a block."""
-        rank, marks, meter = self.topology.rank, self._marks, self.topology.meter
-        scalars: dict[str, float] = {}
-        for trainee in self.trainees:
-            scalars |= self._measure_block(trainee, step)
-        num_steps = max(1, step - marks.step)
-        moved, waited = meter.training_bytes(), self.state.sync.wait_s
-        self._marks = _Marks(step, moved, waited)
-        return scalars | {
-            f"perf/sync_wait_ms/rank{rank}": 1e3 * (waited - marks.wait_s) / num_steps,
-            f"memory/peak_mb/rank{rank}": peak_memory_mb(self.topology.device),
-            f"comm/bytes_per_step/rank{rank}": (moved - marks.moved) / num_steps,
-        }
-
-    def _measure_block(self, trainee: Trainee, step: int) -> dict[str, float]:
-        topology, block = self.topology, trainee.owned.index
-        start = time.perf_counter()
-        totals = trainee.totals.clone()
-        if topology.replica_group is not None:
-            totals = totals.to(topology.wire_device)
-            dist.all_reduce(totals, group=topology.replica_group)
-            topology.meter.sent["metrics"] += totals.nbytes
-            topology.meter.received["metrics"] += totals.nbytes
-            totals /= topology.layout.num_replicas
-        loss, cross_entropy, norm, num_steps = totals.tolist()  # waits for a GPU's queued steps
-        seconds = trainee.seconds + time.perf_counter() - start
-        trainee.totals.zero_()
-        trainee.seconds = 0.0
-        num_skipped, trainee.num_skipped = trainee.num_skipped, 0
-        if topology.replica > 0:
-            return {}
-        counts: dict[str, float] = {}
-        if self.config.train.nonfinite == "skip":
-            counts = {f"train/skipped/block{block}": num_skipped}
-        if num_steps == 0:
-            return counts
-        samples = self.config.train.batch_size * (num_steps + num_skipped)
-        return counts | {
-            f"train/loss/block{block}": loss / num_steps,
-            f"train/cross_entropy/block{block}": cross_entropy / num_steps,
-            f"train/grad_norm/block{block}": norm / num_steps,
-            f"train/lr/block{block}": trainee.owned.engine.optimizer.param_groups[0]["lr"],
-            f"perf/step_ms/block{block}": 1e3 * seconds / (num_steps + num_skipped),
-            f"perf/samples_per_s/block{block}": samples / seconds,
-        }
-
-    def _post(self, step: int, scalars: dict[str, float], with_histograms: bool) -> None:
-        """Leaves a record for rank 0."""
-        histograms = [t.histogram for t in self.trainees if t.histogram and with_histograms]
-        for histogram in histograms or [None]:
-            content = histogram.to_dict() if histogram else None
-            self._mailbox.post({"step": step, "scalars": scalars, "histogram": content})
-            scalars = {}
-            if histogram:
-                histogram.reset()
-
-    def _collect(self) -> None:
-        """On rank 0: hands the records that have arrived to the monitor."""
-        if not self.topology.is_coordinator:
-            return
-        for rank, record in self._mailbox.collect():
-            if self.monitor is None:
-                continue
-            if "warning" in record:
-                self.monitor.warn(record["warning"])
-            else:
-                self.monitor.record(rank, record["step"], record["scalars"], record["histogram"])
-
-    def _is_recorded(self, step: int) -> bool:
-        """On rank 0: whether metrics.jsonl holds what every rank recorded up to this step."""
-        self._collect()
-        return self.monitor is None or self.monitor.has_recorded(step)
 
     def _about(self, step: int) -> dict[str, Any]:
         """What a checkpoint's manifest and parts say beside their files."""
@@ -561,15 +438,6 @@ class Trainer:
         """Ranks that write a part of each checkpoint: the coordinator and each block's leader."""
         layout = self.topology.layout
         return {0, *(layout.rank_of(block, 0) for block in range(layout.num_blocks))}
-
-
-@dataclass(frozen=True)
-class _Marks:
-    """Readings at the last record."""
-
-    step: int
-    moved: int = 0
-    wait_s: float = 0.0
 
 
 def _is_due(step: int, every: int) -> bool:

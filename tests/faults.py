@@ -17,8 +17,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from dbdist import monitor, run_dir, snapshot, trainer
 from dbdist.checkpoint_writer import CheckpointWriter
+from dbdist.parallel.launch import Launch
 from dbdist.parallel.mailbox import Mailbox
-from dbdist.parallel.topology import Launch
 from dbdist.train import main
 
 MOMENTS = {

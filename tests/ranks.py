@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from dbdist.config import Config
-from dbdist.parallel.topology import Launch, Layout, Topology, build_topology
+from dbdist.parallel.launch import Launch
+from dbdist.parallel.topology import Layout, Topology, build_topology
 
 
 class Rank:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from dbdist.cli import parse_config
 from dbdist.errors import ConfigError, TopologyError
-from dbdist.parallel.topology import Launch
+from dbdist.parallel.launch import Launch
 
 VARIABLES = (
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE GROUP_RANK CROSS_RANK CROSS_SIZE "
