@@ -332,7 +332,7 @@ def _commands(plan: Plan, options: list[str]) -> list[str]:
     train = ["-m", "dbdist.train", *options]
     counts = _ranks_per_node(plan.layout)
     if len(counts) == 1:
-        words = ["torchrun", "--standalone", f"--nproc_per_node={counts[0]}", *train]
+        words = ["torchrun", "--rdzv-backend=loopback", f"--nproc_per_node={counts[0]}", *train]
         return ["to type:", f"  {shlex.join(words)}"]
     lines = ["to type, with MASTER_ADDR the address of node 0:"]
     for count in sorted(set(counts), reverse=True):

@@ -53,7 +53,7 @@ def claim(monkeypatch):
 
     def check_and_claim(config, num_train, step):
         found = [] if step is None else [Path(f"step-{step:08d}")]
-        monkeypatch.setattr(run_dir, "complete_folders", lambda _: found)
+        monkeypatch.setattr(run_dir, "saved_folders", lambda *_: found)
         run_dir.check_run_dir(config)
         run_dir.claim(config, num_train, step)
 

@@ -82,7 +82,7 @@ class Launcher:
         words: Iterable[str],
         log: Path,
         max_restarts: int,
-        rendezvous: str = "--standalone",
+        rendezvous: str = "--rdzv-backend=loopback",
         **variables: str,
     ) -> None:
         """words: `-m MODULE` or a script, and its options. log: for what they print. variables:
