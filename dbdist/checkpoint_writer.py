@@ -258,9 +258,8 @@ class CheckpointWriter:
         self, step: int, about: dict[str, Any], is_alone: bool, files: dict[str, Any]
     ) -> Part:
         own = {k: v for k, v in files.items() if k.startswith(f"block-{self._block}.")}
-        shared = {k: v for k, v in files.items() if k.startswith("shared.")}
         state = {"step": step, "block": self._block, "is_alone": is_alone}
-        return {**state, **about, **_versions(), "files": own, "shared": shared}
+        return {**state, **about, **_versions(), "files": own}
 
     def _write_files(self, path: Path) -> dict[str, Any]:
         for attempt in range(3):

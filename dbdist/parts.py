@@ -21,8 +21,8 @@ VERSION = 1
 MUST_AGREE = ("step", "model", "seed", "data")
 """What the parts of one model have in common."""
 Part = dict[str, Any]
-"""format, version, step, block, model, seed, data, config, files, the versions of the code, whether
-it was saved alone and, if not, what the same rank saved for all blocks (shared)."""
+"""format, version, step, block, model, seed, data, config, files, the versions of the code, and
+whether it was saved alone."""
 _NAME = re.compile(r"block-(\d+)\.part\.json")
 
 
@@ -55,9 +55,6 @@ def read_part(path: Path, block: int) -> Part:
         for name, entry in part["files"].items():  # its own and no path that leads elsewhere
             is_own = re.fullmatch(rf"block-{block}(\.\w+)?\.safetensors", name)
             is_readable = is_readable and bool(is_own) and _is_entry(entry)
-        for name, entry in part["shared"].items():
-            is_shared = re.fullmatch(r"shared(\.\w+)?\.safetensors", name)
-            is_readable = is_readable and bool(is_shared) and _is_entry(entry)
         is_readable = is_readable and isinstance(part["is_alone"], bool)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         is_readable, part = False, {}
@@ -87,9 +84,8 @@ def has_all(path: Path) -> bool:
 
 
 def join_parts(parts: Sequence[Part], places: Sequence[Path]) -> dict[str, Any]:
-    """The content of the manifest that these parts are together, without its format; with the files
-    for all blocks if all are there and were saved together. places: where each part comes from, for
-    the error. Raises CheckpointError where they are not of one model."""
+    """The content of the manifest that these parts are together, without its format. places: where
+    each part comes from, for the error. Raises CheckpointError where they are not of one model."""
     first = parts[0]
     for part, place in zip(parts, places, strict=True):
         of_first, of_part = ({key: p[key] for key in MUST_AGREE} for p in (first, part))
@@ -101,10 +97,7 @@ def join_parts(parts: Sequence[Part], places: Sequence[Path]) -> dict[str, Any]:
                 "models make no checkpoint, give each model a run_dir of its own"
             )
     files = {name: entry for part in parts for name, entry in part["files"].items()}
-    is_whole = len(parts) == len(first["model"]["layers_per_block"])
-    if is_whole and not any(part["is_alone"] for part in parts):
-        files |= {name: entry for part in parts for name, entry in part["shared"].items()}
-    of_part = ("format", "version", "block", "is_alone", "shared")
+    of_part = ("format", "version", "block", "is_alone")
     own = {k: v for k, v in first.items() if k not in of_part}
     return {**own, "files": dict(sorted(files.items()))}
 

@@ -150,7 +150,6 @@ def test_an_incomplete_folder_has_no_manifest(tmp_path):
         {"files": {"block-1.safetensors": {"bytes": "1", "sha256": ""}}},
         {"files": []},
         {"is_alone": 0},
-        {"shared": {"block-0.safetensors": {"bytes": 1, "sha256": ""}}},
     ],
 )
 def test_a_part_that_says_otherwise_is_refused_by_name(tmp_path, change):
@@ -333,15 +332,16 @@ def test_checkpoints_whose_parts_arrive_together_are_completed_one_after_the_oth
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
-def test_what_was_saved_for_all_blocks_counts_if_all_parts_were_saved_together(tmp_path):
+def test_parts_that_were_saved_together_wait_for_their_manifest(tmp_path):
+    """It comes after the metrics up to its step."""
     for block in range(3):
         writer = CheckpointWriter(tmp_path, Topology(Layout(1)), {0}, 10, block)
         shared = {"shared.safetensors": {"x": torch.ones(2)}} if block == 0 else {}
         writer.save(4, files(block, 4) | shared, ABOUT)
         writer.finish(10.0)
     (folder_of(tmp_path, 4) / "manifest.json").unlink()
-    assert find_checkpoint(tmp_path).has("shared.safetensors")
-    assert not find_blocks(tmp_path, [0, 1]).has("shared.safetensors")
+    assert find_checkpoint(tmp_path) is None
+    assert find_blocks(tmp_path, [0, 1]).step == 4
     write(tmp_path, 1, 4)
     assert find_checkpoint(tmp_path).step == 4
     assert not find_checkpoint(tmp_path).has("shared.safetensors")

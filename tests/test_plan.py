@@ -119,7 +119,12 @@ def test_the_command_to_type_repeats_the_options(capsys):
     words = ("--run_dir", "a b", "--parallel.replicas=2")
     (line,) = [x for x in lines_of(capsys, "--gpus-per-node", "6", *words) if "torchrun" in x]
     train = ["-m", "dbdist.train", "--config", DIGITS, *words]
-    assert shlex.split(line) == ["torchrun", "--rdzv-backend=loopback", "--nproc_per_node=6", *train]
+    assert shlex.split(line) == [
+        "torchrun",
+        "--rdzv-backend=loopback",
+        "--nproc_per_node=6",
+        *train,
+    ]
 
 
 def test_on_several_nodes_there_is_a_command_for_each_number_of_ranks(capsys):

@@ -62,7 +62,12 @@ def train_once(config_file: str, seed: int, runs: Path, overrides: list[str]) ->
     if config.mode == "block_parallel":
         extra = config.parallel.coordinator == "dedicated"
         world_size = config.num_blocks * config.parallel.replicas + extra
-    launcher = ["-m", "torch.distributed.run", "--rdzv-backend=loopback", f"--nproc_per_node={world_size}"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--rdzv-backend=loopback",
+        f"--nproc_per_node={world_size}",
+    ]
     command = [
         sys.executable,
         *(launcher if world_size > 1 else []),
