@@ -118,7 +118,9 @@ class CheckpointWriter:
         is_alone = is_alone or self._is_alone
         assert rank in self._writers or not files, f"rank {rank} writes {list(files)}"
         assert not (is_alone and files) or self._block is not None, "there is no part to write"
-        if is_alone:  # nobody may be there to hear of it
+        if is_alone and not self._is_alone:  # nobody may be there to hear of it
+            with suppress(RuntimeError):  # the store is gone too
+                self.poll()
             self._about.clear()
             self._is_alone = True
         if self._part is not None:

@@ -266,6 +266,8 @@ def save_without_rank_1(rank, run_dir, steps, told_step):
         if block == 1 and step >= told_step:
             break
         writer.save(step, files(block, step), ABOUT, is_alone=step > told_step)
+        if step < told_step:
+            writer.finish(10.0)
     if block != 1:
         writer.finish(5.0)
     else:
