@@ -17,7 +17,9 @@ from dbdist.parallel.launch import Launch
 from dbdist.parallel.stopping import Signals
 from dbdist.parallel.topology import Layout, Topology, build_topology
 
-_CONNECTION = re.compile(r"gloo|NCCL|[Cc]onnection|[Bb]roken pipe|[Tt]imed? ?out|store")
+_CONNECTION = re.compile(
+    r"gloo|NCCL|monitoredBarrier|[Cc]onnection|[Bb]roken pipe|[Tt]imed? ?out|store"
+)
 
 
 def facts_of(config: Config) -> dict[str, object]:

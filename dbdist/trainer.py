@@ -343,7 +343,7 @@ class Trainer:
         is_log = is_eval or is_save or _is_due(step, config.train.log_every) or step == 1
         if _is_due(step, config.parallel.check_every) and not is_stop:
             self._compare_weights(step)
-        if is_last:
+        if is_last and not self._blocks_are_apart:
             self._stop_for_any_fault()
         scalars = self.records.measure(step) if is_log else {}
         if is_save:
@@ -351,6 +351,8 @@ class Trainer:
             self._save(step)
         else:
             self.writer.poll()
+        if is_last and self._blocks_are_apart:  # each has saved its own, and waited for nobody
+            self._stop_for_any_fault()
         evaluation = self.evaluate(step) if is_eval else None
         if evaluation is not None and self.topology.is_coordinator:
             scalars |= evaluation.scalars()
@@ -394,10 +396,13 @@ class Trainer:
         return self.state.blocks[0].index if is_writer else None
 
     @property
+    def _blocks_are_apart(self) -> bool:
+        """Whether each block can be saved without the others."""
+        return self.config.mode == "block_parallel" and self.config.parallel.sync != "step"
+
+    @property
     def _has_own_part(self) -> bool:
-        """Whether this rank's block can be saved without the others."""
-        is_private = self.config.mode == "block_parallel" and self.config.parallel.sync != "step"
-        return is_private and bool(self.state.blocks)
+        return self._blocks_are_apart and bool(self.state.blocks)
 
     def _trainee(self, owned: OwnedBlock) -> Trainee:
         config, device, block = self.config, self.topology.device, owned.index

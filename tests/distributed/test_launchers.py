@@ -84,6 +84,7 @@ def test_accelerate_launch_trains_the_same_on_three_ranks(machine, reference):
     assert result_of(run_dir) == reference
 
 
+@pytest.mark.slow
 def test_a_run_that_loses_a_rank_goes_on_by_itself_to_the_same_weights(machine, reference):
     run_dir = machine.folder / "killed"
     agent = machine.start(LAUNCH / "torchrun.sh", "dbdist.train", *THREE, "--run_dir", run_dir,
@@ -144,6 +145,7 @@ def test_two_nodes_train_and_evaluate(machine, on_two_nodes):
     assert result_of(run_dir) == (trained, hashes)
 
 
+@pytest.mark.slow
 def test_two_nodes_go_on_after_one_has_lost_a_rank(machine, on_two_nodes):
     run_dir = machine.folder / "two-nodes-killed"
     agents = two_nodes(machine, "dbdist.train", *FOUR, "--run_dir", run_dir, MAX_RESTARTS=1)

@@ -111,7 +111,8 @@ def test_all_ranks_stop_at_the_same_step_and_the_bad_one_is_kept(ranks, tmp_path
         assert not parts, "no block goes on without the others"
     else:
         assert parts == {f"step-{results[0].step:08d}": [0, 2]}, "these keep their work"
-        assert results[2].fault.endswith(f"; blocks [2] saved step {results[0].step}")
+        if results[0].step < 8:  # else it was the last, which is saved in any case
+            assert results[2].fault.endswith(f"; blocks [2] saved step {results[0].step}")
 
     (path,) = (tmp_path / "nonfinite").iterdir()
     assert path.name == "step-00000004-block-1-rank-1.json"
