@@ -215,7 +215,7 @@ def write_run(out: Path, config: Config, step: int, chosen: Sequence[Run]) -> No
     written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; give another OUT")
-    alone = {"is_alone": True}  # what a run had for all its blocks stays there
+    alone: Part = {"is_alone": True}  # what a run had for all its blocks stays there
     parts = [run.parts[step][block] | alone for block, run in enumerate(chosen)]
     places = [_folder(run.path, step) for run in chosen]
     joined = join_parts(parts, places)

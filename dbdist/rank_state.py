@@ -135,7 +135,9 @@ class RankState:
         """
         some = next(p.grad for p in self.shared.parameters() if p.grad is not None)
         with torch.no_grad():
-            some.view(-1)[0] += 0 * loss  # nan of a loss that is not finite: all replicas see it
+            some[(0,) * some.ndim] += (
+                0 * loss
+            )  # nan of a loss that is not finite: all replicas see it
         self._shared_gradients.average()
         return clip(owned.engine, self.shared.parameters(), self.config.train.clip_norm)
 

@@ -256,6 +256,7 @@ class Trainer:
         )
 
     def _step_shared_alone(self, steps_done: int) -> None:
+        self.topology.watch.at("sync", waits=True)
         self.state.sync.begin()
         self.state.sync.finish(steps_done)
         if self.state.ema:

@@ -70,6 +70,7 @@ class Watch:
         """names: of all ranks. store: None for a process alone. say: shows a line, from any
         thread."""
         self.names, self._rank, self._say = names, rank, say
+        self.at("set-up")
         if store is None:
             return
         # A connection of its own: the main thread may be waiting in the other one.
