@@ -134,10 +134,8 @@ class RankState:
         is the same on all replicas, and not finite if any gradient, or any replica's loss, is not.
         """
         some = next(p.grad for p in self.shared.parameters() if p.grad is not None)
-        with torch.no_grad():
-            some[(0,) * some.ndim] += (
-                0 * loss
-            )  # nan of a loss that is not finite: all replicas see it
+        with torch.no_grad():  # a loss that is not finite adds nan, which all replicas see
+            some[(0,) * some.ndim] += 0 * loss
         self._shared_gradients.average()
         return clip(owned.engine, self.shared.parameters(), self.config.train.clip_norm)
 

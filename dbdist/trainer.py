@@ -250,8 +250,8 @@ class Trainer:
         self._is_sound = False
         row = f" in {limit + 1} steps in a row (train.max_skipped)" if policy == "skip" else ""
         topology.watch.stopping.ask(
-            f"{text}{row}; see {report}; lower train.lr, set train.clip_norm or train.nonfinite "
-            "skip, and continue from the newest checkpoint",
+            f"{text}{row}; see {report}; continue with --train.nonfinite skip, or start again with "
+            "a lower train.lr",
             is_fault=True,
         )
 
