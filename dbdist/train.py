@@ -17,7 +17,6 @@ from dbdist.data import dataset_spec, load_dataset, prepare
 from dbdist.evaluation import Evaluation
 from dbdist.fallback import choose, set_aside
 from dbdist.monitor import Monitor, peak_memory_mb
-from dbdist.parallel.agreement import check_agreement
 from dbdist.parallel.launch import Launch
 from dbdist.parallel.topology import Topology
 from dbdist.rank_state import describe_model, files_to_restore, own_blocks
@@ -77,6 +76,9 @@ def train(
             prepare(config.data)
     with topology.agree("loading the data"):
         train_set, test_set = load_dataset(config.data, "train"), load_dataset(config.data, "test")
+    with topology.agree("comparing the data"):
+        data = {"the training set": train_set.digest(), "the test set": test_set.digest()}
+        topology.check_agreement(data)
     with topology.agree():
         if topology.is_coordinator:
             build.architecture(config, spec)  # raises before anything is written
@@ -84,10 +86,8 @@ def train(
             set_aside(choice.damaged if choice else ())
     with topology.agree("building the model"):
         trainer = Trainer(config, topology, train_set, test_set, checkpoint)
-    with topology.agree():
-        if topology.world_size > 1:
-            data = {"the training set": train_set.digest(), "the test set": test_set.digest()}
-            check_agreement(data | trainer.state.describe_parameters(), topology.world_size)
+    with topology.agree("comparing the parameters"):
+        topology.check_agreement(trainer.state.describe_parameters())
     rows = topology.gather(trainer.state.ownership())
     monitor = None
     if topology.is_coordinator:
@@ -110,7 +110,7 @@ def train(
             evaluation = trainer.fit(monitor)
         if trainer.stop is not None:
             if monitor is not None:
-                stopped = f"stopped at step {trainer.step} ({trainer.stop and trainer.stop.reason})"
+                stopped = f"stopped at step {trainer.step} ({trainer.stop.reason})"
                 monitor.message(f"{stopped}; to continue: {Launch.command('dbdist.train')}")
             return None
         peaks = topology.gather(peak_memory_mb(topology.device))

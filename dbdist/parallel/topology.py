@@ -225,6 +225,12 @@ class Topology:
         dist.all_gather_object(values, value)
         return values
 
+    def check_agreement(self, facts: Facts) -> None:
+        """Raises TopologyError, on all ranks, where facts that several of them have differ.
+        Collective."""
+        if self.store is not None:
+            check_agreement(facts, self.world_size)
+
     def own_group(self) -> dist.ProcessGroup:
         """The copies of this rank's block, even if it is the only one."""
         return self.replica_group or self.group_of_one()

@@ -1,10 +1,13 @@
 """What ranks must have alike, on real ranks that have not."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from ranks import config_of
 
+from dbdist import train
 from dbdist.data import load_dataset
 from dbdist.errors import Fault, TopologyError
 from dbdist.parallel.agreement import digest_of, find_difference, flat
@@ -140,3 +143,32 @@ def test_drifting_shared_modules_are_found_among_all_ranks(ranks, tmp_path):
     results = ranks.run(3, train_with_drift, (*options, f"run_dir={tmp_path}"), (2, True))
     assert len(set(results)) == 1
     assert "step 3: weights that must be alike are not: rank 2 has shared modules" in results[0][0]
+
+
+def train_on_other_data(rank, options):
+    """Rank 1 has one label otherwise. Returns the error."""
+    config = config_of(*options)
+    topology = rank.join(layout_of(config, rank.launch.world_size))
+    real = train.load_dataset
+
+    def load(*arguments):
+        dataset = real(*arguments)
+        dataset.labels[0] = (dataset.labels[0] + (rank.launch.rank == 1)) % 10
+        return dataset
+
+    train.load_dataset = load
+    try:
+        train.train(config, topology)
+    except TopologyError as error:
+        return str(error)
+    finally:
+        train.load_dataset = real
+    return None
+
+
+def test_ranks_with_other_data_do_not_start(ranks, tmp_path):
+    options = ("model.num_blocks=3", f"run_dir={tmp_path / 'run'}")
+    told = ranks.run(3, train_on_other_data, options)
+    assert len(set(told)) == 1
+    assert re.match(r'rank 1 has the training set "\w{64}", rank 0 has "\w{64}"; start', told[0])
+    assert not (tmp_path / "run").exists(), "nothing is half-written"
