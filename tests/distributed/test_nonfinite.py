@@ -43,7 +43,8 @@ class SilentMonitor(Monitor):
 
 
 def train_rank(rank, options, bad, what="gradient"):
-    """Trains. bad: {step: (block, replica)} whose loss, or gradient alone, is not finite there."""
+    """Trains. bad: {step: (block, replica)} whose loss, or gradient alone, is not finite there; or
+    whose loss jumps."""
     torch.set_default_dtype(torch.float32)
     torch.nn.functional.linear = LINEAR
     config = config_of(*options)
@@ -64,7 +65,8 @@ def train_rank(rank, options, bad, what="gradient"):
 
         def spoiled(*inputs):
             loss = objective(*inputs)
-            return loss._replace(value=loss.value + (math.nan if is_bad() else 0))
+            extra = 50.0 if what == "jump" else math.nan
+            return loss._replace(value=loss.value + (extra if is_bad() else 0))
 
         owned.objective.forward = spoiled
     monitor = None
@@ -225,3 +227,12 @@ def test_more_than_max_skipped_in_a_row_stop_the_run(ranks, tmp_path):
     assert len({result.fault for result in results}) == 1
     assert "step 4" in results[0].fault
     assert "in 3 steps in a row (train.max_skipped)" in results[0].fault
+
+
+def test_a_loss_that_jumps_is_told_in_the_log(ranks, tmp_path):
+    options = (*THREE, "train.max_steps=36", f"run_dir={tmp_path}")
+    results = ranks.run(3, train_rank, options, {33: (2, 0)}, "jump")
+    assert [result.fault for result in results] == [None] * 3
+    (warning,) = results[0].warnings
+    assert warning.startswith("block 2, step 34: loss 5")
+    assert "on average in 33 steps" in warning

@@ -35,7 +35,8 @@ def test_training_goes_on_without_a_checkpoint_that_cannot_be_written(tmp_path, 
     told = [line for line in err.splitlines() if "checkpoint of step" in line]
     assert len(told) == 1, err
     assert "warning: checkpoint of step 4 failed: rank 0: " in told[0]
-    assert told[0].endswith("training goes on, the newest complete one is step 2")
+    # On a busy machine step 6 may be complete by then.
+    assert re.search(r"training goes on, the newest complete one is step [26]$", told[0])
     assert complete_steps(tmp_path) == [2, 6]
     assert "Summary" in out
 
