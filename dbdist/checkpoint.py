@@ -124,9 +124,12 @@ class Checkpoint:
 
     def _size(self, file: str) -> int:
         path = self.path / file
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        return path.stat().st_size
+        try:
+            return path.stat().st_size
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing") from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
 
     def _wrong_size(self, file: str, size: int) -> CheckpointError:
         written = self.manifest["files"][file]["bytes"]

@@ -86,11 +86,16 @@ class CheckpointWriter:
         """Saved last."""
         self._last_failure: tuple[int, str] | None = None
 
-    def clean(self) -> None:
+    def clean(self, forget_after: int | None = None) -> None:
         """Removes what an interrupted run left of files without a part or a manifest, and parts
         older than the newest complete checkpoint; of a run of some blocks only what is theirs. On
-        the coordinator, before anybody writes."""
+        the coordinator, before anybody writes. forget_after: parts of later steps are forgotten,
+        as this run will come to others."""
         with suppress(OSError):  # what stays does no harm
+            for path in step_folders(self.folder) if forget_after is not None else ():
+                for block in blocks_in(path) if step_of(path) > (forget_after or 0) else ():
+                    (path / MANIFEST).unlink(missing_ok=True)
+                    remove_block(path, block)
             if self._trained is None:
                 self._remove_incomplete()
             for path in step_folders(self.folder) if self._trained is not None else ():
@@ -247,7 +252,7 @@ class CheckpointWriter:
             sync_folder(path)
             if self._block is not None:
                 write_part(path, self._own_part(step, about, is_alone, files))
-            if is_alone:
+            if self._trained is not None:
                 self._retire_own(step)
         except OSError as error:
             if self._block is not None:
@@ -260,7 +265,7 @@ class CheckpointWriter:
         self, step: int, about: dict[str, Any], is_alone: bool, files: dict[str, Any]
     ) -> Part:
         own = {k: v for k, v in files.items() if k.startswith(f"block-{self._block}.")}
-        state = {"step": step, "block": self._block, "is_alone": is_alone}
+        state = {"step": step, "block": self._block, "is_alone": self._trained is not None}
         return {**state, **about, **_versions(), "files": own}
 
     def _write_files(self, path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dbdist.checkpoint import Checkpoint, open_folder, saved_folders, step_of
+from dbdist.checkpoint import MANIFEST, Checkpoint, open_folder, saved_folders, step_of
 from dbdist.errors import CheckpointError
 from dbdist.parallel.topology import Topology
 
@@ -84,20 +84,34 @@ def choose(
     raise CheckpointError(f"{damaged[0][1]}; {rest}")
 
 
-def set_aside(folders: Iterable[Path]) -> None:
-    """Renames damaged checkpoints, so that they neither count nor are met again. Raises
-    CheckpointError where that is not allowed."""
+def set_aside(folders: Iterable[Path], blocks: Sequence[int] | None = None) -> None:
+    """Renames damaged checkpoints, so that they neither count nor are met again; with `blocks`,
+    these blocks' files alone, as the others' may be intact. Raises CheckpointError where that is
+    not allowed."""
     for path in folders:
-        name, number = f"{path.name}.damaged", 1
-        while (path.parent / name).exists():
-            number += 1
-            name = f"{path.name}.damaged-{number}"
         try:
-            os.rename(path, path.parent / name)
+            if blocks is None:
+                _rename(path, f"{path.name}.damaged")
+                continue
+            (path / MANIFEST).unlink(missing_ok=True)  # it named all blocks
+            for block in blocks:
+                # First what marks the others as saved.
+                for file in sorted(
+                    path.glob(f"block-{block}.*"), key=lambda f: f.suffix != ".json"
+                ):
+                    _rename(file, f"damaged-{file.name}")
         except OSError as error:
             raise CheckpointError(
-                f"{path} is damaged and cannot be renamed to {name} ({error.strerror})"
+                f"{path} is damaged and cannot be renamed ({error.strerror})"
             ) from None
+
+
+def _rename(path: Path, name: str) -> None:
+    number, free = 1, name
+    while (path.parent / free).exists():
+        number += 1
+        free = f"{name}-{number}"
+    os.rename(path, path.parent / free)
 
 
 def _verdict(
@@ -117,6 +131,8 @@ def _verdict(
             checkpoint.check(file)
     except CheckpointError as error:
         reason = str(error)
+    except OSError as error:  # a run that goes on may remove it meanwhile
+        reason = f"{path} cannot be read ({error.strerror})"
     reasons = [str(told) for told in topology.gather(reason) if told is not None]
     return (None, reasons[0]) if reasons else (checkpoint, "")
 

@@ -22,7 +22,7 @@ MUST_AGREE = ("step", "model", "seed", "data")
 """What the parts of one model have in common."""
 Part = dict[str, Any]
 """format, version, step, block, model, seed, data, config, files, the versions of the code, and
-whether it was saved alone."""
+whether a run of some blocks saved it."""
 _NAME = re.compile(r"block-(\d+)\.part\.json")
 
 
@@ -36,6 +36,8 @@ def blocks_in(path: Path) -> list[int]:
         names = os.listdir(path)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
     return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
 
@@ -79,8 +81,16 @@ def has_all(path: Path) -> bool:
             num_blocks = len(read_part(path, block)["model"]["layers_per_block"])
             if not set(blocks) >= set(range(num_blocks)):
                 return False
-            return any(read_part(path, block)["is_alone"] for block in range(num_blocks))
+            return any(_may_be_alone(path, block) for block in range(num_blocks))
     return False
+
+
+def _may_be_alone(path: Path, block: int) -> bool:
+    """Whether a part was saved alone; also of a damaged one, for whoever reads it to be told."""
+    try:
+        return read_part(path, block)["is_alone"]
+    except CheckpointError:
+        return True
 
 
 def join_parts(parts: Sequence[Part], places: Sequence[Path]) -> dict[str, Any]:

@@ -91,8 +91,12 @@ def claim(config: Config, num_train: int, step: int | None) -> None:
                     _check_same(held, config)
                     _check_steps(config, num_train, step)
                 (run_dir / metrics_file(config.trained_blocks)).touch()
-            everything = dataclasses.replace(config.parallel, blocks=None)
-            write_yaml(dataclasses.replace(config, parallel=everything), run_dir / "config.yaml")
+            held = dataclasses.replace(
+                config,  # but for what concerns this start alone
+                parallel=dataclasses.replace(config.parallel, blocks=None),
+                checkpoint=dataclasses.replace(config.checkpoint, fallback=False),
+            )
+            write_yaml(held, run_dir / "config.yaml")
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror})") from None
 

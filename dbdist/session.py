@@ -16,6 +16,7 @@ from dbdist.parallel.agreement import digest_of_code, flat
 from dbdist.parallel.launch import Launch
 from dbdist.parallel.stopping import Signals
 from dbdist.parallel.topology import Layout, Topology, build_topology
+from dbdist.parallel.watch import LOST
 
 _CONNECTION = re.compile(
     r"gloo|NCCL|monitoredBarrier|[Cc]onnection|[Bb]roken pipe|[Tt]imed? ?out|store"
@@ -63,7 +64,7 @@ def joined(
         if topology.store is not None and _is_of_connection(error):
             missing = topology.watch.missing()
             here = topology.watch.here()
-            topology.watch.close("ended: lost a connection")
+            topology.watch.close(LOST)
             raise Fault(f"{missing or first}; this is {here}") from None
         error.add_note(f"dbdist: this was {topology.watch.here()}")
         topology.watch.close(f"ended: {type(error).__name__}: {first}")

@@ -14,6 +14,7 @@ from dbdist.checkpoint import SHARED, Checkpoint, block_file, find_checkpoint, n
 from dbdist.cli import guarded, parse_config, say
 from dbdist.config import Config
 from dbdist.data import dataset_spec, load_dataset, prepare
+from dbdist.errors import CheckpointError
 from dbdist.evaluation import Evaluation
 from dbdist.fallback import choose, set_aside
 from dbdist.monitor import Monitor, peak_memory_mb
@@ -83,7 +84,7 @@ def train(
         if topology.is_coordinator:
             build.architecture(config, spec)  # raises before anything is written
             claim(config, len(train_set), checkpoint and checkpoint.step)
-            set_aside(choice.damaged if choice else ())
+            set_aside(choice.damaged if choice else (), config.trained_blocks)
     with topology.agree("building the model"):
         trainer = Trainer(config, topology, train_set, test_set, checkpoint)
     with topology.agree("comparing the parameters"):
@@ -116,7 +117,11 @@ def train(
         peaks = topology.gather(peak_memory_mb(topology.device))
         elapsed_s, peak_mb = time.perf_counter() - start, dict(enumerate(peaks))
         if monitor is not None and evaluation is None:
-            steps, complete = newest_steps(run_dir, config.num_blocks), find_checkpoint(run_dir)
+            steps, complete = newest_steps(run_dir, config.num_blocks), None
+            try:
+                complete = find_checkpoint(run_dir)
+            except CheckpointError as error:  # another block's affair
+                monitor.warn(str(error))
             monitor.summary_of_blocks(steps, complete and complete.step, elapsed_s, peak_mb)  # type: ignore[arg-type]
         elif monitor is not None and evaluation is not None:
             write_evaluation(run_dir, evaluation)
@@ -154,7 +159,7 @@ def tell_of_parts(config: Config, checkpoint: Checkpoint | None, monitor: Monito
         )
     start = checkpoint.step if checkpoint else 0
     steps = [step or 0 for step in newest_steps(Path(config.run_dir), config.num_blocks)]
-    if max(steps) > start:
+    if max(steps) > start and min(steps) < max(steps):
         ahead = ", ".join(f"block {b} has step {s}" for b, s in enumerate(steps) if s > start)
         behind = [block for block, step in enumerate(steps) if step < max(steps)]
         monitor.warn(

@@ -29,11 +29,14 @@ from dbdist.evaluation import Evaluation, check_test_set, evaluate
 from dbdist.histogram import SigmaHistogram
 from dbdist.monitor import Monitor
 from dbdist.numerics import BadStep, norms_of
-from dbdist.parallel.stopping import Stop
+from dbdist.parallel.stopping import GONE, Stop
 from dbdist.parallel.topology import Layout, Topology
 from dbdist.rank_state import OwnedBlock, RankState, describe_model, own_blocks
 from dbdist.records import Records, StepResult, Trainee
 from dbdist.tasks.classification import Draws, Loss, sample_draws
+
+MAX_APART = 100
+"""Steps between blocks that never wait for each other up to which they stop after a common one."""
 
 
 def layout_of(config: Config, world_size: int) -> Layout:
@@ -111,10 +114,14 @@ class Trainer:
             self.writer.warn = monitor.warn
             self.writer.is_recorded = self.records.has
         if self.topology.is_coordinator:
-            self.writer.clean()
+            p = self.config.parallel
+            is_joint_every = p.sync == "every" and self.has_all_blocks
+            self.writer.clean(self.start_step if is_joint_every else None)
         self.topology.barrier()
         self.state.set_training(True)
         evaluation, stopping = None, self.topology.watch.stopping
+        if self.config.parallel.sync == "never":
+            stopping.max_apart = MAX_APART
         try:
             for step in range(self.start_step, self.max_steps):
                 self.stop = stopping.may_begin(step)
@@ -210,8 +217,14 @@ class Trainer:
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         """Labels a phase for the profiler, and for the other ranks' watch."""
-        has_replicas = self.topology.layout.num_replicas > 1
-        self.topology.watch.at(name, waits=name == "sync" or (has_replicas and name != "load"))
+        topology = self.topology
+        waits = name == "sync"
+        if topology.layout.num_replicas > 1:
+            is_whole = all(owned.engine.is_whole for owned in self.state.blocks)
+            waits |= name in ("backward", "optimizer") or (name == "forward" and not is_whole)
+        if topology.uses_nccl:  # a wait is queued, and shows where the host next asks for a number
+            waits |= name != "load"
+        topology.watch.at(name, waits)
         with record_function(f"dbdist::{name}"):
             yield
 
@@ -308,16 +321,24 @@ class Trainer:
 
     def _stop_for_any_fault(self) -> None:
         """At the end, where no rank asks any more whether to go on. Collective."""
-        stops = [stop for stop in self.topology.gather(self.topology.watch.stopping.asked) if stop]
-        if fault := next((s for s in stops if isinstance(s, Stop) and s.is_fault), None):
+        if fault := self._any_fault():
             self._save_and_stop(fault)
+
+    def _any_fault(self) -> Stop | None:
+        """What the first of the ranks has found wrong. Collective."""
+        self.topology.watch.at("waiting for the others", waits=True)
+        faults = self.topology.gather(self.topology.watch.stopping.own_fault)
+        return next((fault for fault in faults if isinstance(fault, Stop)), None)
 
     def _save_and_stop(self, stop: Stop) -> None:
         """Saves what may be saved. Raises Fault if something is wrong."""
+        if stop.last_step is not None and not stop.is_fault:
+            stop = self._any_fault() or stop
         is_new = self.step > self.start_step and self.step != self.writer.last_step
         told = ""
-        if is_new and not stop.is_fault and stop.last_step is not None:
-            self._after_step(self.step, is_stop=True)
+        if not stop.is_fault and stop.last_step is not None:
+            if is_new:
+                self._after_step(self.step, is_stop=True)
             self._finish_saving()
         elif is_new and self._is_sound and self._has_own_part:
             self.topology.watch.at("saving")
@@ -326,12 +347,12 @@ class Trainer:
             told = f"; blocks {own_blocks(self.config, self.topology)} saved step {self.step}"
         if stop.is_fault:
             raise Fault(stop.reason + told)
-        if stop.last_step is None:
-            raise Fault(f"{stop.reason}, but a rank is gone{told or '; nothing new is saved'}")
+        if stop.last_step is None and stop.apart == GONE:
+            raise Fault(f"{stop.reason}, but {GONE}{told or '; nothing new is saved'}")
 
     def _finish_saving(self) -> None:
-        self.topology.watch.at("completing the checkpoint", waits=True)
         with self.topology.agree():
+            self.topology.watch.at("completing the checkpoint", waits=True)
             self.writer.finish(self.config.parallel.timeout_s)
 
     def _after_step(self, step: int, is_stop: bool = False) -> Evaluation | None:

@@ -6,6 +6,7 @@ sample and its augmentation, so batches do not depend on replicas, workers or wh
 """
 
 import contextlib
+import os
 import signal
 from collections.abc import Generator, Iterable, Iterator
 from itertools import count
@@ -158,6 +159,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _start_worker(worker_id: int) -> None:
+    os.setpgid(0, 0)  # launchers signal a rank's whole group, which means its main process
     signal.set_wakeup_fd(-1)  # signals of this process are not the main one's
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -188,6 +188,7 @@ def clip(
         torch.stack([block_norm, nn.utils.get_total_norm(shared_gradients).to(block_norm)])
     )
     scale = torch.clamp((max_norm or math.inf) / (norm + 1e-6), max=1.0)
+    scale = torch.where(norm.isfinite(), scale, 1.0)  # what is not finite is looked at, not applied
     torch._foreach_mul_(shared_gradients, scale)
     return norm, scale
 

@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 AGREE_S = 5.0
 """How long rank 0 waits for the others' steps. Launchers kill a rank 30 s after its SIGTERM."""
+GONE = "a rank is gone"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """The last is what Slurm is told to send before a time limit."""
 
@@ -35,7 +36,9 @@ class Stop:
     is_fault: bool
     """Something is wrong; else somebody asked."""
     last_step: int | None = None
-    """Common to all ranks; None where they could not agree, because one is gone."""
+    """Common to all ranks; None where there is none."""
+    apart: str | None = None
+    """Why there is none."""
 
 
 class Stopping:
@@ -47,14 +50,22 @@ class Stopping:
         self._changed = threading.Condition()
         self._stop: Stop | None = None
         self._is_decided = False
+        self.own_fault: Stop | None = None
+        """What this rank has found wrong, whatever the others stop for."""
+        self.max_apart: int | None = None
+        """Steps that a rank may have to take for a common last one; more, and each block stops by
+        itself. None: they need each other for every step."""
         self._rank, self._world_size = 0, 1
+        self._copies: Sequence[int] = [0]
         self._store: dist.Store | None = None
         self._is_told = False
         self._deadline = 0.0
+        self._own_last = 0
 
-    def join(self, rank: int, world_size: int, store: dist.Store) -> None:
-        """Makes it a matter of all ranks."""
+    def join(self, rank: int, world_size: int, copies: Sequence[int], store: dist.Store) -> None:
+        """Makes it a matter of all ranks. copies: those that hold this rank's block."""
         self._rank, self._world_size, self._store = rank, world_size, store
+        self._copies = copies
 
     @property
     def asked(self) -> Stop | None:
@@ -68,14 +79,17 @@ class Stopping:
             while self._stop is not None and not self._is_decided:
                 self._changed.wait()
             stop = self._stop
-            if stop is not None and (stop.last_step is None or step >= stop.last_step):
-                return stop
+            if stop is not None:
+                if step >= (self._own_last if stop.last_step is None else stop.last_step):
+                    return stop
             self.step = step + 1
             return None
 
     def ask(self, reason: str, is_fault: bool = False) -> None:
         """Makes all ranks stop soon. The first reason counts."""
         stop = Stop(reason, is_fault)
+        if is_fault:
+            self.own_fault = self.own_fault or stop
         if self._store is not None:
             with suppress(RuntimeError):  # the store is gone, which `watch` notices
                 told = self._store.compare_set("stop", "", json.dumps(asdict(stop)))
@@ -89,7 +103,7 @@ class Stopping:
         """This rank stops before its next step, whatever the others do: something is wrong."""
         with self._changed:
             self._stop = Stop(reason, is_fault=True)
-            self._decide(None)
+            self._decide(None, "a rank is stuck")
 
     def attend(self) -> None:
         """A round of the agreement; called again and again by the thread that talks with the store.
@@ -110,20 +124,25 @@ class Stopping:
         if self._rank == 0 and not store.check(["last"]):
             keys = [f"begun/{rank}" for rank in range(self._world_size)]
             if store.check(keys):
-                store.set("last", str(max(map(int, store.multi_get(keys)))))
+                begun = list(map(int, store.multi_get(keys)))
+                gap = max(begun) - min(begun)
+                is_far = self.max_apart is not None and gap > self.max_apart
+                answer = f"the blocks are {gap} steps apart" if is_far else str(max(begun))
+                store.set("last", answer)
             elif time.monotonic() > self._deadline:
-                store.set("last", "none")
-        if store.check(["last"]):
-            last = store.get("last").decode()
+                store.set("last", GONE)
+        is_late = time.monotonic() > self._deadline + 1  # then rank 0 is gone
+        if is_late or store.check(["last"]):
+            last = GONE if is_late else store.get("last").decode()
+            own = [f"begun/{rank}" for rank in self._copies]
+            if not last.isdecimal() and store.check(own):  # the copies of a block go on together
+                self._own_last = max(map(int, store.multi_get(own)))
             with self._changed:
-                self._decide(None if last == "none" else int(last))
-        elif time.monotonic() > self._deadline + 1:  # rank 0 is gone
-            with self._changed:
-                self._decide(None)
+                self._decide(*((int(last), None) if last.isdecimal() else (None, last)))
 
-    def _decide(self, last_step: int | None) -> None:
+    def _decide(self, last_step: int | None, apart: str | None = None) -> None:
         assert self._stop is not None
-        self._stop = replace(self._stop, last_step=last_step)
+        self._stop = replace(self._stop, last_step=last_step, apart=apart)
         self._is_decided = True
         self._changed.notify_all()
 

@@ -265,7 +265,7 @@ class Topology:
             if place is not None and self.layout.num_replicas > 1:
                 what += f", replica {place[1]}"
             names.append(f"rank {rank} ({what})")
-        self.watch.start(self.rank, names, self.store, timeout_s, say)
+        self.watch.start(self.rank, names, self.copies, self.store, timeout_s, say)
 
     def close(self) -> None:
         self.watch.close()

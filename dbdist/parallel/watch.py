@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
@@ -20,6 +20,8 @@ from dbdist.parallel.stopping import Stopping
 
 BEAT_S = 0.5
 """Between two signs of life."""
+LOST = "ended: lost a connection"
+"""How a rank leaves that misses another: not the cause of what others miss."""
 LEAVE_S = 5.0
 """How long rank 0 stays for the others to finish."""
 
@@ -63,11 +65,12 @@ class Watch:
         self,
         rank: int,
         names: list[str],
+        copies: Sequence[int],
         store: dist.Store | None,
         timeout_s: float,
         say: Callable[[str], None],
     ) -> None:
-        """names: of all ranks. store: None for a process alone. say: shows a line, from any
+        """names: of all ranks. copies: the ranks that hold this one's block. store: None for a process alone. say: shows a line, from any
         thread."""
         self.names, self._rank, self._say = names, rank, say
         self.at("set-up")
@@ -75,7 +78,8 @@ class Watch:
             return
         # A connection of its own: the main thread may be waiting in the other one.
         self._store = dist.PrefixStore("watch", store.clone())
-        self.stopping.join(rank, len(names), dist.PrefixStore("stopping", self._store))
+        own = dist.PrefixStore("stopping", self._store)
+        self.stopping.join(rank, len(names), copies, own)
         self._beat_s = min(BEAT_S, timeout_s / 20)
         self._limit_s = timeout_s - 5 * self._beat_s
         """Before the time is over at which the others' collectives fail."""
@@ -117,9 +121,11 @@ class Watch:
             before = self._places(others)
             time.sleep(2.5 * self._beat_s)
             now = self._places(others)
+            quiet = {r: p for r, p in now.items() if r not in before or before[r].beat == p.beat}
             ended = {r: p for r, p in now.items() if p.phase.startswith("ended")}
-            gone = {r: p for r, p in now.items() if r not in before or before[r].beat == p.beat}
-            found = ended or {r: p for r, p in gone.items() if p.phase != "finished"}
+            causes = {r: p for r, p in ended.items() if p.phase != LOST}
+            gone = {r: p for r, p in quiet.items() if r not in ended and p.phase != "finished"}
+            found = causes or gone or ended
             return "; ".join(f"{self.names[r]} is gone, it was at {p}" for r, p in found.items())
         return "the launcher's store is gone too"
 
