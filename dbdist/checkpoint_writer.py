@@ -137,7 +137,7 @@ class CheckpointWriter:
         if rank in self._writers:
             if refusal is None:
                 self._take(files)
-                self._part = self._background.start(lambda: self._write_part(step, about, is_alone))
+                self._part = self._background.start(lambda: self._write_part(step, about))
             else:
                 self._part = Future()
                 self._part.set_result({"step": step, "error": refusal})
@@ -245,13 +245,13 @@ class CheckpointWriter:
 
     # In the background
 
-    def _write_part(self, step: int, about: dict[str, Any], is_alone: bool) -> Part:
+    def _write_part(self, step: int, about: dict[str, Any]) -> Part:
         path = self._path(step)
         try:
             files = self._write_files(path)
             sync_folder(path)
             if self._block is not None:
-                write_part(path, self._own_part(step, about, is_alone, files))
+                write_part(path, self._own_part(step, about, files))
             if self._trained is not None:
                 self._retire_own(step)
         except OSError as error:
@@ -261,9 +261,7 @@ class CheckpointWriter:
             return {"step": step, "error": f"{path} cannot be written ({error.strerror})"}
         return {"step": step, "files": files}
 
-    def _own_part(
-        self, step: int, about: dict[str, Any], is_alone: bool, files: dict[str, Any]
-    ) -> Part:
+    def _own_part(self, step: int, about: dict[str, Any], files: dict[str, Any]) -> Part:
         own = {k: v for k, v in files.items() if k.startswith(f"block-{self._block}.")}
         state = {"step": step, "block": self._block, "is_alone": self._trained is not None}
         return {**state, **about, **_versions(), "files": own}

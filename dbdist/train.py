@@ -55,6 +55,12 @@ def train(
 
     tell: shows a line, from any thread; None: signals are not heard.
     """
+    grace_s = GRACE_S if config.parallel.sync != "step" else 0.0
+    with hearing_signals(topology, tell, grace_s):
+        return _train(config, topology)
+
+
+def _train(config: Config, topology: Topology) -> Evaluation | None:
     start = time.perf_counter()
     run_dir = Path(config.run_dir)
     with topology.agree("opening the run directory"):  # first: it takes no time
@@ -105,10 +111,8 @@ def train(
         if checkpoint is not None:
             monitor.message(f"continuing from step {checkpoint.step} ({checkpoint.path})")
         tell_of_parts(config, checkpoint, monitor)
-    grace_s = GRACE_S if config.parallel.sync != "step" else 0.0
     try:
-        with hearing_signals(topology, tell, grace_s):
-            evaluation = trainer.fit(monitor)
+        evaluation = trainer.fit(monitor)
         if trainer.stop is not None:
             if monitor is not None:
                 stopped = f"stopped at step {trainer.step} ({trainer.stop.reason})"

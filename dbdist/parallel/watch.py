@@ -70,8 +70,8 @@ class Watch:
         timeout_s: float,
         say: Callable[[str], None],
     ) -> None:
-        """names: of all ranks. copies: the ranks that hold this one's block. store: None for a process alone. say: shows a line, from any
-        thread."""
+        """names: of all ranks. copies: the ranks that hold this one's block. store: None for a
+        process alone. say: shows a line, from any thread."""
         self.names, self._rank, self._say = names, rank, say
         self.at("set-up")
         if store is None:

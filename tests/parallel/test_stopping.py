@@ -25,7 +25,7 @@ class Player:
 
     def __init__(self, rank, world_size, store, step_s, partners=None):
         self.stopping = Stopping()
-        self.stopping.join(rank, world_size, store.clone())
+        self.stopping.join(rank, world_size, [rank], store.clone())
         self.step_s, self.partners = step_s, partners
         self.done, self.stop = 0, None
         self.is_over = threading.Event()
@@ -83,6 +83,35 @@ def test_without_one_rank_the_others_stop_where_they_are(store, gone, monkeypatc
         player.end()
         assert player.stop.reason == "a signal"
         assert player.stop.last_step is None
+
+
+def test_blocks_that_are_too_far_apart_stop_each_by_itself_and_copies_together(store):
+    """Ranks 0 and 1 are copies, and are told at different times; rank 2 is far behind."""
+    players = [Stopping() for _ in range(3)]
+    for rank, player in enumerate(players):
+        player.join(rank, 3, [[0, 1], [0, 1], [2]][rank], store.clone())
+        player.max_apart = 10
+        assert player.may_begin([40, 41, 5][rank]) is None
+    players[2].ask("a signal")
+    for _ in range(3):
+        for player in players:
+            player.attend()
+    assert players[0].may_begin(41) is None, "its copy has begun this step"
+    for player, step in zip(players, (42, 42, 6), strict=True):
+        stop = player.may_begin(step)
+        assert stop is not None
+        assert (stop.last_step, stop.apart) == (None, "the blocks are 36 steps apart")
+
+
+def test_a_fault_after_a_signal_is_kept():
+    stopping = Stopping()
+    stopping.may_begin(3)
+    stopping.ask("a signal")
+    stopping.ask("nan", is_fault=True)
+    assert stopping.asked is not None
+    assert stopping.asked.reason == "a signal"
+    assert stopping.own_fault is not None
+    assert stopping.own_fault.reason == "nan"
 
 
 def test_one_process_ends_after_the_step_it_has_begun():
