@@ -276,11 +276,11 @@ def save_without_rank_1(rank, run_dir, steps, told_step):
     return told
 
 
-def test_who_saves_alone_waits_for_nobody_and_keeps_the_last_parts(ranks, tmp_path):
+def test_who_saves_alone_waits_for_nobody_and_retires_nothing(ranks, tmp_path):
     """Step 4 is joint, step 8 waits for a rank that is gone, and those after it are alone."""
     assert ranks.run(3, save_without_rank_1, tmp_path, [4, 8, 12, 16], 8) == [[], [], []]
     assert complete_steps(tmp_path) == [4]
-    assert [steps_of(tmp_path, block) for block in range(3)] == [[4, 12, 16], [4], [4, 12, 16]]
+    assert [steps_of(tmp_path, block) for block in range(3)] == [[4, 8, 12, 16], [4], [4, 8, 12, 16]]
     write(tmp_path, 1, 12)
     assert complete_steps(tmp_path) == [4, 12]
 
