@@ -280,7 +280,8 @@ def test_who_saves_alone_waits_for_nobody_and_retires_nothing(ranks, tmp_path):
     """Step 4 is joint, step 8 waits for a rank that is gone, and those after it are alone."""
     assert ranks.run(3, save_without_rank_1, tmp_path, [4, 8, 12, 16], 8) == [[], [], []]
     assert complete_steps(tmp_path) == [4]
-    assert [steps_of(tmp_path, block) for block in range(3)] == [[4, 8, 12, 16], [4], [4, 8, 12, 16]]
+    assert steps_of(tmp_path, 0) == steps_of(tmp_path, 2) == [4, 8, 12, 16]
+    assert steps_of(tmp_path, 1) == [4]
     write(tmp_path, 1, 12)
     assert complete_steps(tmp_path) == [4, 12]
 

@@ -16,7 +16,7 @@ Prints a table, and writes it as JSON to `--out`:
 - resident memory of every rank and of torchrun, looked at each second. Ranks are new processes
   after each restart, so a rank's memory is that of whichever process had its number: the largest
   in a minute. Growth is the largest minute after the first five over the largest of those five.
-- open files and threads in the same way, with each minute's median while it trains.
+- open files and threads: the median of the minutes, each with its median while it trains.
 
 Exit code 1 if memory or open files grew by more than 2 % (judged with more than five minutes), if a
 step is in metrics.jsonl twice, if torchrun ended early, or if a process or a socket was left. Linux
@@ -386,13 +386,16 @@ def usages(watch: Watch, settling_minutes: int | None) -> list[dict[str, Any]]:
             split = math.inf if settling_minutes is None else settling_minutes
             first = [level for minute, level in levels.items() if minute < split]
             later = [level for minute, level in levels.items() if minute >= split]
-            growth = max(later) / max(first) - 1 if first and later else None
+            of_minutes = max if key == "memory_mb" else statistics.median
+            before = of_minutes(first) if first else None
+            after = of_minutes(later) if later else None
+            growth = after / before - 1 if before and after else None
             rows.append(
                 {
                     "name": name,
                     "key": key,
-                    "first": max(first, default=None),
-                    "later": max(later, default=None),
+                    "first": before,
+                    "later": after,
                     "growth": growth,
                     "minutes": list(levels.values()),
                 }
