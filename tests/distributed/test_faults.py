@@ -76,12 +76,17 @@ def stop_by_signal(machine, run_dir, *words):
     return int(stopped), printed
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_goes_on(machine):
-    run_dir, untouched = machine.folder / "stopped", machine.folder / "untouched"
-    step, printed = stop_by_signal(machine, run_dir, "--train.max_steps", 300)
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(machine):
+    _, printed = stop_by_signal(machine, machine.folder / "step", *ENDLESS)
     command = re.search(r"to continue: (torchrun --standalone .*)", printed)
     assert command is not None, printed
     assert "--nproc_per_node=2 --max-restarts=0 -m dbdist.train --config configs" in command[1]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_by_a_signal_goes_on_to_the_same_bits(machine):
+    run_dir, untouched = machine.folder / "stopped", machine.folder / "untouched"
+    step, _ = stop_by_signal(machine, run_dir, "--train.max_steps", 300)
     last = ("--train.max_steps", step + 5)
     printed = machine.finish(torchrun(machine, 2, *TWO, *last, "--run_dir", run_dir))
     assert f"continuing from step {step}" in printed

@@ -77,6 +77,7 @@ def test_the_deepspeed_launcher_trains_the_same(machine, reference):
     assert result_of(run_dir) == reference
 
 
+@pytest.mark.slow
 def test_accelerate_launch_trains_the_same_on_three_ranks(machine, reference):
     run_dir = machine.folder / "accelerate"
     words = ("launch", "--config_file", "launch/accelerate_cpu.yaml", "-m", "dbdist.train")
@@ -136,6 +137,7 @@ def on_two_nodes(machine):
     return run_dir, *result_of(run_dir)
 
 
+@pytest.mark.slow
 def test_two_nodes_train_and_evaluate(machine, on_two_nodes):
     run_dir, trained, hashes = on_two_nodes
     assert trained["world_size"] == 4

@@ -33,6 +33,7 @@ def installed(tmp_path):
     return os.pathsep.join([str(about.parent), str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 
+@pytest.mark.slow
 def test_torchrun_and_its_ranks_listen_on_the_loopback_interface_alone(tmp_path, installed):
     run_dir = tmp_path / "run"
     words = [*WORDS, "--run_dir", str(run_dir)]

@@ -54,6 +54,7 @@ def test_a_run_whose_last_checkpoint_fails_ends_on_every_rank_with_that_error(tm
     assert complete_steps(tmp_path) == [2, 4]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_from_a_complete_checkpoint(tmp_path):
     words = ["-m", "dbdist.train", "--config", "configs/digits.yaml", "--mode", "sequential"]
     words += ["--checkpoint.every_steps", "1", "--run_dir", str(tmp_path), "--train.max_steps"]

@@ -90,6 +90,7 @@ def test_one_process_trains_the_other_modes_and_a_single_block(tmp_path):
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_end_to_end_runs_data_parallel(tmp_path):
     words = (*SMALL, "--train.max_steps", "4", "--mode", "end_to_end")
     words = (*words, "--model.dropout", "0", "--run_dir")  # replicas drop different units
