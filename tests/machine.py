@@ -114,21 +114,6 @@ def kill_rank(machine, rank):
     os.kill(pid_of(machine, rank), signal.SIGKILL)
 
 
-def ports_of(pids=None):
-    """The TCP ports on which these processes, or any, listen."""
-    sockets = set()
-    for pid in pids or ():
-        with suppress(OSError):
-            sockets |= {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
-    ports = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in Path(table).read_text().splitlines()[1:]:
-            words = line.split()
-            if words[3] == "0A" and (pids is None or f"socket:[{words[9]}]" in sockets):
-                ports.add(int(words[1].rpartition(":")[2], 16))
-    return ports
-
-
 def start_ranks(machine, world_size, *words, **variables):
     """Ranks without a launcher that would end them, as on several nodes: rank 0 holds the store."""
     port = free_port()

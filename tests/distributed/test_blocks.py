@@ -102,6 +102,7 @@ def separate(tmp_path_factory):
     return [folder / f"run{block}" for block in range(3)]
 
 
+@pytest.mark.slow
 def test_a_job_trains_its_block_alone_and_says_what_is_there(tmp_path, joint, capsys):
     """Three jobs in one directory, the first two at the same time."""
     folder = tmp_path / "new/run"

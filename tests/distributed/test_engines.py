@@ -214,6 +214,7 @@ def test_engine_coordinator_and_sync_go_together(
         assert (result.received.get("shared", 0) == 0) == (sync == "never")
 
 
+@pytest.mark.slow
 def test_deepspeed_takes_a_blocks_copies_for_the_whole_world(ranks, tmp_path):
     """Blocks of different sizes, each with its own order of layers, and a rank without any."""
     more = ("train.max_steps=3", "model.layers_per_block=[3,1]")

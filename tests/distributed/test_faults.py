@@ -12,11 +12,11 @@ import pytest
 from machine import (
     Machine,
     pid_of,
-    ports_of,
     start_ranks,
     wait_for_checkpoint,
 )
 
+from dbdist.bench.processes import listeners, listeners_of
 from dbdist.checkpoint import complete_folders, find_checkpoint
 
 TWO = """--config configs/digits.yaml --model.num_blocks 2 --model.num_layers 2 --train.log_every 5
@@ -158,19 +158,20 @@ def test_a_stopped_rank_is_named_by_every_other_within_the_timeout(machine, sync
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_torchrun_is_left_without_processes_and_ports_after_a_hang(machine):
     run_dir = machine.folder / "hang"
     words = (*TWO, *ENDLESS, "--parallel.timeout_s", TIMEOUT_S, "--data.num_workers", 1)
     # Else it kills what does not end 30 s after its SIGTERM, which a stopped process does not hear.
     agent = torchrun(machine, 2, *words, "--run_dir", run_dir, TORCH_ELASTIC_SHUTDOWN_TIMEOUT=5)
     wait_for_checkpoint(machine, agent, run_dir)
-    ports = ports_of(machine.processes())
-    assert ports
+    sockets = {socket.inode for socket in listeners_of(machine.processes())}
+    assert sockets
     os.kill(pid_of(machine, 1), signal.SIGSTOP)
     assert agent.wait(TIMEOUT_S + 50) != 0
     assert "rank 1 (block 1) did not arrive" in machine.logs[agent.pid].read_text()
     assert not machine.close(), "no process is left"
-    assert not ports & ports_of()
+    assert not sockets & {socket.inode for socket in listeners()}
 
 
 def test_a_killed_rank_is_named_by_the_others(machine):
@@ -189,6 +190,7 @@ def test_a_killed_rank_is_named_by_the_others(machine):
     ranks[1].wait()
 
 
+@pytest.mark.slow
 def test_ranks_end_when_their_launcher_is_killed(machine):
     run_dir = machine.folder / "orphans"
     agent = torchrun(machine, 2, *TWO, *ENDLESS, "--parallel.sync", "never", "--run_dir", run_dir)

@@ -201,6 +201,7 @@ def slurm(machine, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_slurm_job_stops_in_time_and_ends_the_same_when_it_runs_again(machine, reference, slurm):
     run_dir = machine.folder / "slurm"
     words = ("bash", LAUNCH / "slurm.sbatch", "dbdist.train", *THREE, "--run_dir", run_dir)

@@ -41,6 +41,7 @@ def test_training_goes_on_without_a_checkpoint_that_cannot_be_written(tmp_path, 
     assert "Summary" in out
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_checkpoint_fails_ends_on_every_rank_with_that_error(tmp_path):
     stand_in_the_way(tmp_path, 6)
     words = "dbdist.train", *OFTEN, "--train.max_steps", 6, "--run_dir", tmp_path

@@ -76,6 +76,7 @@ def test_evaluation_agrees_with_training(trained, ranks):
     assert f"{after['accuracy']:.4f}" in out
 
 
+@pytest.mark.slow
 def test_one_process_trains_the_other_modes_and_a_single_block(tmp_path):
     for name, more in {
         "sequential": ("--mode", "sequential"),
