@@ -203,7 +203,12 @@ def sign_of_the_others(rank, options):
 @pytest.mark.parametrize("what", ["gradient", "loss"])
 @pytest.mark.parametrize(
     "engine",
-    ["ddp", "fsdp", "zero3", *(pytest.param(e, marks=pytest.mark.slow) for e in ("zero1", "zero2"))],
+    [
+        "ddp",
+        "fsdp",
+        "zero3",
+        *(pytest.param(e, marks=pytest.mark.slow) for e in ("zero1", "zero2")),
+    ],
 )
 def test_every_engine_skips_on_all_replicas_what_is_bad_on_one(ranks, tmp_path, engine, what):
     options = (*ONE, "train.nonfinite=skip", f"run_dir={tmp_path / 'run'}")
