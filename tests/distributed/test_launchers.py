@@ -69,6 +69,7 @@ def reference(machine):
 # -- one node --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_deepspeed_launcher_trains_the_same(machine, reference):
     run_dir = machine.folder / "deepspeed"
     words = ("--num_gpus", 3, "--master_port", free_port(), "--module", "dbdist.train")

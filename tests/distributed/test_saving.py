@@ -25,7 +25,7 @@ def stand_in_the_way(run_dir, step):
     path.write_text("a file where a folder should be")
 
 
-@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_training_goes_on_without_a_checkpoint_that_cannot_be_written(tmp_path, num_ranks):
     stand_in_the_way(tmp_path, 4)
     mode = ("--mode", "sequential") if num_ranks == 1 else ()
