@@ -42,7 +42,8 @@ def join_with(rank, options):
     config = config_of(*options[rank.launch.rank])
     layout = layout_of(config, rank.launch.world_size)
     try:
-        build_topology(layout, rank.launch, "cpu", 60.0, rank.store, facts_of(config))
+        topology = build_topology(layout, rank.launch, "cpu", 60.0, rank.store, facts_of(config))
+        topology.barrier()  # else one leaves while the other still connects
     except TopologyError as error:
         return str(error)
     return None
