@@ -9,7 +9,7 @@ reading; `checkpoint_writer` writes.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,14 +151,6 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint | None
         return None
     path = complete[step if step is not None else max(complete)]
     return Checkpoint(path, read_manifest(path))
-
-
-def find_blocks(run_dir: Path, blocks: Iterable[int]) -> Checkpoint | None:
-    """The newest step that all these blocks have saved, whatever the others have: a checkpoint of
-    these blocks alone. None where there is none."""
-    blocks = sorted(set(blocks))
-    found = saved_folders(run_dir / "checkpoints", blocks)
-    return open_folder(found[-1], blocks) if found else None
 
 
 def saved_folders(folder: Path, blocks: Sequence[int] | None = None) -> list[Path]:

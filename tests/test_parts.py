@@ -8,10 +8,11 @@ import torch
 
 from dbdist.checkpoint import (
     complete_folders,
-    find_blocks,
     find_checkpoint,
     newest_steps,
+    open_folder,
     read_manifest,
+    saved_folders,
     step_of,
 )
 from dbdist.checkpoint_writer import CheckpointWriter
@@ -19,6 +20,13 @@ from dbdist.errors import CheckpointError
 from dbdist.parallel.topology import Layout, Topology
 from dbdist.parts import assemble, blocks_in, part_file, read_part, remove_block
 from dbdist.snapshot import Snapshot
+
+
+def find_blocks(run_dir, blocks):
+    """The newest step that these blocks have; None without one."""
+    found = saved_folders(run_dir / "checkpoints", blocks)
+    return open_folder(found[-1], blocks) if found else None
+
 
 ABOUT = {
     "samples_seen": 5,
