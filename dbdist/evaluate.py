@@ -47,7 +47,6 @@ def run(argv: list[str]) -> None:
 
 def config_of_run(prog: str, description: str, argv: list[str]) -> Config:
     """RUN/config.yaml with the command line's changes. Raises ConfigError where there is no run."""
-
     run_dir = parse_config(prog, description, argv).run_dir
     if read_config(Path(run_dir)) is None:
         raise ConfigError(
@@ -60,7 +59,6 @@ def config_of_run(prog: str, description: str, argv: list[str]) -> Config:
 
 def layout_for_evaluation(config: Config, world_size: int) -> Layout:
     """One process holds everything; otherwise as many chains as fit. Raises TopologyError."""
-
     if config.mode == "end_to_end" or world_size == 1:
         return Layout(1, world_size)
     whole, rest = divmod(world_size, config.num_blocks)
@@ -76,7 +74,6 @@ def layout_for_evaluation(config: Config, world_size: int) -> Layout:
 
 def evaluate_run(config: Config, topology: Topology) -> Evaluation:
     """Evaluates a run's checkpoint, writes RUN/evaluation.json and prints it. Collective."""
-
     run_dir = Path(config.run_dir)
     with topology.agree("reading the dataset's folder"):
         model = describe_model(config, dataset_spec(config.data))
@@ -96,9 +93,7 @@ def evaluate_run(config: Config, topology: Topology) -> Evaluation:
 
         if topology.world_size > 1 and topology.block is not None:
             own[topology.block] = load(topology.block)
-        elif (
-            topology.world_size == 1
-        ):  # blocks are loaded in turn: look at all files before starting
+        elif topology.world_size == 1:  # they are loaded in turn: look at all files before
             for block in range(config.num_blocks):
                 load(block)
     evaluation = evaluate(
@@ -132,7 +127,6 @@ def checkpoint_of_run(config: Config, topology: Topology, model: Mapping[str, An
 
 def report(run_dir: Path, evaluation: Evaluation) -> None:
     """The result on the terminal."""
-
     table = Table(
         title=f"Evaluation at step {evaluation.step}", title_justify="left", show_header=False
     )

@@ -44,9 +44,8 @@ def choose(
     other. None where there is none. Collective.
 
     model: what the checkpoint must agree with. is_training: it will be continued. blocks: those
-    that it must have; None: all. Raises
-    CheckpointError, the same on every rank, if it is damaged or foreign; the message names the file
-    and the newest step that is intact.
+    that it must have; None: all. Raises CheckpointError, the same on every rank, if it is damaged
+    or foreign; the message names the file and the newest step that is intact.
     """
     folder = run_dir / "checkpoints"
     found: list[Path] = []
@@ -95,10 +94,8 @@ def set_aside(folders: Iterable[Path], blocks: Sequence[int] | None = None) -> N
                 continue
             (path / MANIFEST).unlink(missing_ok=True)  # it named all blocks
             for block in blocks:
-                # First what marks the others as saved.
-                for file in sorted(
-                    path.glob(f"block-{block}.*"), key=lambda f: f.suffix != ".json"
-                ):
+                files = path.glob(f"block-{block}.*")
+                for file in sorted(files, key=lambda f: f.suffix != ".json"):  # its part first
                     _rename(file, f"damaged-{file.name}")
         except OSError as error:
             raise CheckpointError(

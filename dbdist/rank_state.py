@@ -169,8 +169,7 @@ class RankState:
 
     def set_lr(self, progress: float, last_step: int) -> None:
         """Linear warm-up, then constant or half a cosine. progress: steps of each block done
-        before;
-        last_step: where the cosine ends unless the configuration says."""
+        before. last_step: where the cosine ends unless the configuration says."""
         t = self.config.train
         factor = 1.0
         if progress < t.warmup_steps:

@@ -4,6 +4,7 @@ off."""
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from dbdist.parallel.launch import Launch
 from dbdist.parallel.topology import Topology
 from dbdist.rank_state import describe_model, files_to_restore, own_blocks
 from dbdist.run_dir import check_run_dir, claim, write_evaluation
+from dbdist.run_lock import sole_trainer
 from dbdist.session import facts_of, hearing_signals, joined
 from dbdist.trainer import Trainer, layout_of
 
@@ -56,7 +58,12 @@ def train(
     tell: shows a line, from any thread; None: signals are not heard.
     """
     grace_s = GRACE_S if config.parallel.sync != "step" else 0.0
-    with hearing_signals(topology, tell, grace_s):
+    with hearing_signals(topology, tell, grace_s), ExitStack() as held:
+        with topology.agree():
+            if topology.is_coordinator:
+                blocks = config.trained_blocks or range(config.num_blocks)
+                timeout_s = config.parallel.timeout_s / 2
+                held.enter_context(sole_trainer(Path(config.run_dir), blocks, timeout_s))
         return _train(config, topology)
 
 

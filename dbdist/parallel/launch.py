@@ -1,7 +1,7 @@
 """What the launcher told this process, whichever it was: its rank, its node, where all ranks meet.
 
-torchrun, accelerate and the DeepSpeed launcher tell the same under different names: this is the one
-place that reads them.
+torchrun, accelerate (it runs torchrun's agent) and the DeepSpeed launcher tell the same under
+different names: this is the one place that reads them.
 """
 
 import os
@@ -22,11 +22,7 @@ from dbdist.errors import TopologyError
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher told this process; one process of one when there is no launcher.
-
-    torchrun, accelerate (it runs torchrun's agent) and the DeepSpeed launcher tell the same under
-    different names: this is the one place that reads them.
-    """
+    """What the launcher told this process; one process of one when there is no launcher."""
 
     rank: int
     world_size: int

@@ -1,0 +1,78 @@
+"""Whose blocks a run directory's are while they are trained: two jobs that write the same files
+would leave a mixture of both.
+
+RUN/.lock has a record for each block, which its trainer locks and signs. The kernel gives a lock
+back when its process ends, however that happens; data workers do not inherit it.
+"""
+
+import errno
+import fcntl
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dbdist.errors import ConfigError
+
+NAME = ".lock"
+RECORD_BYTES = 128
+PATIENCE_S = 3.0
+"""For a process that is just ending."""
+PATIENCE_ELSEWHERE_S = 100.0
+"""For one on another machine: shared file systems take that long to notice a lost machine."""
+
+
+@contextmanager
+def sole_trainer(run_dir: Path, blocks: Sequence[int], timeout_s: float) -> Iterator[None]:
+    """Keeps others from training these blocks here. Raises ConfigError, naming who does, if they
+    are not free soon, at the latest after timeout_s. Without effect where the file system has no
+    locks, or the folder cannot be written."""
+    try:
+        is_new = not run_dir.exists()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run_dir / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:  # told by whoever writes there first
+        yield
+        return
+    try:
+        for block in blocks:
+            _lock(run_dir, descriptor, block, timeout_s)
+        yield
+    finally:
+        if is_new:
+            with suppress(OSError):  # nothing has come of it
+                if os.listdir(run_dir) == [NAME]:
+                    (run_dir / NAME).unlink()
+                    run_dir.rmdir()
+        os.close(descriptor)
+
+
+def _lock(run_dir: Path, descriptor: int, block: int, timeout_s: float) -> None:
+    offset, start = block * RECORD_BYTES, time.monotonic()
+    own = f"process {os.getpid()} on {socket.gethostname()}"[: RECORD_BYTES - 1]
+    patience_s: float | None = None
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, RECORD_BYTES, offset)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return  # no locks here
+        record = os.pread(descriptor, RECORD_BYTES, offset).decode(errors="replace")
+        holder = " ".join(record.rstrip("\0\n").split()) or "another process"
+        if patience_s is None:
+            is_here = holder.endswith(f" on {socket.gethostname()}")
+            patience_s = min(PATIENCE_S if is_here else PATIENCE_ELSEWHERE_S, timeout_s)
+            if not is_here:
+                told = f"waits up to {patience_s:.0f} s for {holder}, which trains block {block}"
+                print(f"warning: {run_dir}: {told} there", file=sys.stderr, flush=True)
+        if time.monotonic() - start > patience_s:
+            raise ConfigError(
+                f"{run_dir} is in use: {holder} trains block {block} there; wait for it, stop it, "
+                "or give another run_dir"
+            )
+        time.sleep(0.1)
+    os.pwrite(descriptor, own.encode().ljust(RECORD_BYTES, b"\n"), offset)
