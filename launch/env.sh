@@ -11,8 +11,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # again: 1 after aborting NCCL, which is what torchrun sets; 3, torch's own default, without.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 
-# What does not end that long after a SIGTERM is killed by torchrun: stuck ranks, and ranks that take longer to finish
-# their step and save. Unset, torchrun says 30 (seconds).
+# A rank that takes longer than that to finish its step and save, after torchrun itself got a SIGTERM, is killed. Unset,
+# torchrun says 30 (seconds).
 #   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120
 
 # What NCCL could not do, and no more. INFO once on a new cluster: between H100 nodes its channels should go

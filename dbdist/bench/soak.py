@@ -4,8 +4,8 @@
 
 `--kill_every_s` and `--hang_every_s` are means; the times, the ranks and the moments come from
 `--seed`. A kill (SIGKILL) comes at any moment, or as soon as a checkpoint is being written. A hang
-is a SIGSTOP: it lasts until the others have given the rank up and torchrun ends it. Other options
-are dbdist.train's (`--section.key value`). At the end torchrun gets a SIGTERM.
+is a SIGSTOP: it lasts until the others have given the rank up, and end it. Other options are
+dbdist.train's (`--section.key value`). At the end torchrun gets a SIGTERM.
 
 Prints a table, and writes it as JSON to `--out`:
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from dbdist.errors import ConfigError, TopologyError, UserError
 from dbdist.parallel.agreement import Facts, check_agreement
 from dbdist.parallel.launch import Launch
 from dbdist.parallel.meter import Meter
+from dbdist.parallel.neighbours import own_address
 from dbdist.parallel.watch import Watch
 
 
@@ -254,8 +255,8 @@ class Topology:
     def start_watch(
         self, timeout_s: float, say: Callable[[str], None], blocks: Sequence[int] | None = None
     ) -> None:
-        """Begins to look after the other ranks. say: shows a line, from any thread. blocks: what
-        the layout's blocks are called; None: by their number."""
+        """Begins to look after the other ranks. Collective. say: shows a line, from any thread.
+        blocks: what the layout's blocks are called; None: by their number."""
         names: list[str] = []
         for rank in range(self.world_size):
             place = self.layout.place_of(rank)
@@ -265,7 +266,8 @@ class Topology:
             if place is not None and self.layout.num_replicas > 1:
                 what += f", replica {place[1]}"
             names.append(f"rank {rank} ({what})")
-        self.watch.start(self.rank, names, self.copies, self.store, timeout_s, say)
+        addresses: list[Any] = self.gather(own_address())
+        self.watch.start(self.rank, names, addresses, self.copies, self.store, timeout_s, say)
 
     def close(self) -> None:
         self.watch.close()

@@ -3,7 +3,8 @@
 Each rank leaves signs of life in the launcher's store, with the step and phase it is at. Rank 0
 looks after all others, they look after rank 0. A rank that gives no sign, or stands still though it
 waits for nobody, for almost `parallel.timeout_s` is named by every other one; then they end. Its
-thread also carries the agreement on stopping (`stopping`).
+thread also carries the agreement on stopping (`stopping`). Who was named does not outlive them on
+their machine.
 """
 
 import json
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
+from dbdist.parallel.neighbours import Address, Neighbours
 from dbdist.parallel.stopping import Stopping
 
 BEAT_S = 0.5
@@ -65,14 +67,16 @@ class Watch:
         self,
         rank: int,
         names: list[str],
+        addresses: Sequence[Address | None],
         copies: Sequence[int],
         store: dist.Store | None,
         timeout_s: float,
         say: Callable[[str], None],
     ) -> None:
-        """names: of all ranks. copies: the ranks that hold this one's block. store: None for a
-        process alone. say: shows a line, from any thread."""
+        """names, addresses: of all ranks. copies: the ranks that hold this one's block. store: None
+        for a process alone. say: shows a line, from any thread."""
         self.names, self._rank, self._say = names, rank, say
+        self._neighbours = Neighbours(addresses)
         self.at("set-up")
         if store is None:
             return
@@ -110,6 +114,7 @@ class Watch:
                 if all(p.phase.startswith(("finished", "ended")) for p in places.values()):
                     break
                 time.sleep(0.02)
+        self._neighbours.close()
 
     def missing(self) -> str:
         """After an error of a connection: the ranks that ended or give no more signs of life, and
@@ -143,7 +148,7 @@ class Watch:
                 self._tell()
                 self.stopping.attend()
                 if self._store.check(["verdict"]) or self._look(heard):
-                    self._end(self._store.get("verdict").decode())
+                    self._end(**json.loads(self._store.get("verdict")))
                 self._talked = time.monotonic()
         except RuntimeError as error:
             if not self._is_closing.is_set():
@@ -186,31 +191,34 @@ class Watch:
         now = time.monotonic()
         ranks = range(len(self.names)) if self._rank == 0 else [0]
         places = self._places(ranks)
-        silent: list[str] = []
-        still: list[str] = []
+        silent: dict[int, str] = {}
+        still: dict[int, str] = {}
         for rank in ranks:
             place = places.get(rank, Place("starting", False, 0))
             if heard.setdefault(rank, (place.beat, now))[0] != place.beat:
                 heard[rank] = place.beat, now
             silence = now - heard[rank][1]
             if silence > self._limit_s and place.phase != "finished":
-                silent.append(
+                silent[rank] = (
                     f"{self.names[rank]} did not arrive: no sign of life for {silence:.0f} s, it "
                     f"was at {place}"
                 )
             elif place.for_s > self._limit_s and not place.waits:
-                still.append(
+                still[rank] = (
                     f"{self.names[rank]} did not arrive: for {place.for_s:.0f} s at {place}"
                 )
         if guilty := silent or still:
-            self._store.compare_set("verdict", "", "; ".join(guilty))
+            verdict = {"text": "; ".join(guilty.values()), "ranks": list(guilty)}
+            self._store.compare_set("verdict", "", json.dumps(verdict))
         return bool(guilty)
 
-    def _end(self, verdict: str) -> None:
-        self._say(f"error: {verdict}; this is {self.here()}")
-        self.stopping.give_up(verdict)
+    def _end(self, text: str, ranks: Iterable[int] = ()) -> None:
+        """ranks: those to blame."""
+        self._say(f"error: {text}; this is {self.here()}")
+        self.stopping.give_up(text)
         # The others have to read it before the launcher, or the store's owner, ends them.
         time.sleep(3 * self._beat_s)
+        self._neighbours.kill(ranks)
         self._is_closing.wait(self.grace_s)
         time.sleep(self.grace_s / 4)  # the main thread leaves by itself
         os._exit(1)

@@ -121,7 +121,7 @@ def test_a_job_trains_its_block_alone_and_says_what_is_there(tmp_path, joint, ca
     assert evaluation_of(folder) == without_speed(joint)
     names = {p.name for p in folder.iterdir()} - {"evaluation.json"}
     metrics = {f"metrics.blocks-{block}.jsonl" for block in range(3)}
-    assert names == {"config.yaml", "checkpoints", "tensorboard", *metrics}
+    assert names == {".lock", "config.yaml", "checkpoints", "tensorboard", *metrics}
     assert {p.name for p in (folder / "tensorboard").iterdir()} == {
         f"blocks-{block}" for block in range(3)
     }
