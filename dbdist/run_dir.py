@@ -13,8 +13,8 @@ from dbdist.cli import parse_config, write_yaml
 from dbdist.config import Config
 from dbdist.errors import CheckpointError, ConfigError
 from dbdist.evaluation import Evaluation
-from dbdist.monitor import metrics_file
 from dbdist.parts import blocks_in, differences
+from dbdist.record_files import metrics_file
 
 MAY_CHANGE = (
     "run_dir",

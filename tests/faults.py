@@ -15,7 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from dbdist import monitor, run_dir, snapshot, trainer
+from dbdist import record_files, run_dir, snapshot, trainer
 from dbdist.checkpoint_writer import CheckpointWriter
 from dbdist.parallel.launch import Launch
 from dbdist.parallel.mailbox import Mailbox
@@ -36,8 +36,8 @@ MOMENTS = {
     "claiming the run directory": (run_dir, "write_yaml", "before"),
     "before the manifest": (CheckpointWriter, "_write_manifest", "before"),
     "after the manifest": (CheckpointWriter, "_write_manifest", "after"),
-    "before a line of metrics": (monitor._MetricsFile, "write", "before"),
-    "after a line of metrics": (monitor._MetricsFile, "write", "after"),
+    "before a line of metrics": (record_files.MetricsFile, "write", "before"),
+    "after a line of metrics": (record_files.MetricsFile, "write", "after"),
 }
 
 
