@@ -1,12 +1,10 @@
-"""What one rank trains: shared modules, its block or blocks, their optimizers, averaged weights;
-and how all this becomes the files of a checkpoint and comes back. Built empty of everything that
-belongs to other ranks.
+"""What one rank trains: shared modules, its block or blocks, their optimizers, averaged weights.
+Built empty of everything that belongs to other ranks. `state_files` makes files of it, and back.
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,31 +13,13 @@ from torch import Tensor, nn
 from dbdist import build
 from dbdist.checkpoint import (
     PREFIX,
-    SHARED,
-    Checkpoint,
-    Files,
-    block_file,
-    ema_file,
-    optimizer_file,
-    split_private,
 )
 from dbdist.config import Config
 from dbdist.data import DatasetSpec
 from dbdist.ema import Ema
-from dbdist.errors import CheckpointError
 from dbdist.evaluation import Model
-from dbdist.inference import check_weights, fill
 from dbdist.models.vit import Block, ViTConfig, initial_weights
 from dbdist.monitor import Ownership
-from dbdist.optimizer_state import (
-    ADAMW,
-    SGD,
-    check_state,
-    flatten,
-    load_state,
-    state_of,
-    unflatten,
-)
 from dbdist.parallel.agreement import digest_of, find_difference
 from dbdist.parallel.coordinator import Averaged, Coordinated, Private, Sharded, SharedSync
 from dbdist.parallel.replicas import Engine, SharedGradients, Whole, check_engine, clip
@@ -82,7 +62,7 @@ class RankState:
         *,
         is_empty: bool = False,
     ) -> None:
-        """indices: the blocks to own. is_empty: leave the weights to `restore`."""
+        """indices: the blocks to own. is_empty: leave the weights to `state_files.restore`."""
         self.config, self.topology, self.spec = config, topology, spec
         sizes = build.architecture(config, spec)
         seed = None if is_empty else config.seed
@@ -98,7 +78,7 @@ class RankState:
         self.sync = self._build_sync()
         self._shared_gradients = SharedGradients(topology, self.shared_parameters)
         self.ema: Ema | None = None
-        is_bystander = self._is_private and not self.blocks
+        is_bystander = self.is_private and not self.blocks
         if config.train.ema_decay > 0 and not is_bystander:
             self.ema = Ema(config.train.ema_decay, self.parameters)
 
@@ -111,7 +91,7 @@ class RankState:
             for name, parameter in owned.parameters.items()
         }
         shared = {name: p.detach() for name, p in self.shared_parameters.items()}
-        return {**_prefixed(shared), **own}
+        return {**prefixed(shared), **own}
 
     @property
     def shared_parameters(self) -> dict[str, nn.Parameter]:
@@ -211,135 +191,8 @@ class RankState:
             owns_shared=topology.is_coordinator or isinstance(self.sync, Private),
         )
 
-    # Checkpoints
-
-    def files(self) -> Files:
-        """What this rank writes: its blocks if it is their first replica (with its copy of the
-        shared modules if that is private), and on the coordinator the shared modules of all.
-        Collective, where something is split among ranks."""
-        files: dict[str, dict[str, Tensor]] = {}
-        for owned in self.blocks:
-            files.update(self._block_files(owned))
-        if not self.topology.is_leader:
-            files = {}
-        sync, shared = self.sync, self.shared_parameters
-        shared_optimizer = optimizer_file(SHARED)
-        if isinstance(sync, Sharded):
-            files[shared_optimizer] = flatten(sync.optimizer_state())
-        if not self.topology.is_coordinator:
-            files.pop(shared_optimizer, None)
-            return files
-        if isinstance(sync, Averaged):
-            files[SHARED] = {**sync.anchor}
-            if sync.outer is not None:
-                files[shared_optimizer] = flatten(state_of(sync.outer, sync.anchor))
-        elif not self._is_private:
-            files[SHARED] = {**shared}
-            if not isinstance(sync, Sharded):
-                assert sync.optimizer is not None
-                files[shared_optimizer] = flatten(state_of(sync.optimizer, shared))
-            if self.ema:
-                files[ema_file(SHARED)] = {k: self.ema.averages[PREFIX + k] for k in shared}
-        return files
-
-    def _block_files(self, owned: OwnedBlock) -> dict[str, dict[str, Tensor]]:
-        name, engine, shared = block_file(owned.index), owned.engine, self.shared_parameters
-        files = {name: engine.weights()}
-        state = flatten(engine.optimizer_state())
-        if self.ema:
-            files[ema_file(name)] = {
-                k: engine.whole(p, self.ema.averages[k]) for k, p in owned.parameters.items()
-            }
-        if self._is_private:
-            files[name] |= _prefixed(shared)
-            if self.sync.optimizer is not None:
-                state |= flatten(state_of(self.sync.optimizer, shared), PREFIX)
-            if self.ema:
-                own = {k: self.ema.averages[k] for k in _prefixed(shared)}
-                files[ema_file(name)] |= own
-        files[optimizer_file(name)] = state
-        return files
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """The inverse of `files`, whichever topology wrote them. Everything that this rank needs is
-        read and checked, on all ranks, before the first weight changes. Collective. Raises
-        CheckpointError."""
-        topology, indices = self.topology, [owned.index for owned in self.blocks]
-        with topology.agree("reading the checkpoint"):
-            checkpoint.check_fits(describe_model(self.config, self.spec))
-            has_common = checkpoint.has(SHARED)
-            needed = files_to_restore(self.config, topology, indices, has_common=has_common)
-            read: dict[str, dict[str, Tensor]] = {}
-            if isinstance(self.sync, Averaged) and topology.is_coordinator and not has_common:
-                read[SHARED] = mean_shared(checkpoint, self.config.num_blocks)
-            read |= {file: checkpoint.tensors(file) for file in needed}
-            self._check(checkpoint.path, read)
-        sync, shared = self.sync, self.shared_parameters
-        shared_optimizer = optimizer_file(SHARED)
-        if SHARED in read:
-            fill(self.shared, read.pop(SHARED), checkpoint.path / SHARED)
-        if isinstance(sync, Averaged):
-            with torch.no_grad():
-                for name, tensor in sync.anchor.items():
-                    tensor.copy_(shared[name])
-            if sync.outer is not None and shared_optimizer in read:
-                load_state(sync.outer, sync.anchor, unflatten(read.pop(shared_optimizer)))
-        elif shared_optimizer in read:
-            state = unflatten(read.pop(shared_optimizer))
-            if isinstance(sync, Sharded):
-                sync.take_over()
-                sync.set_optimizer_state(state)
-            else:
-                assert sync.optimizer is not None
-                load_state(sync.optimizer, shared, state)
-        if self.ema and ema_file(SHARED) in read:
-            self.ema.load(_prefixed(read.pop(ema_file(SHARED))))
-        for owned in self.blocks:
-            self._restore_block(checkpoint, owned, read)
-
-    def _check(self, path: Path, read: Files) -> None:
-        """Raises CheckpointError, naming file and tensor, unless the files hold what `restore` will
-        take from them."""
-        own_shared = {name: p.shape for name, p in self.shared_parameters.items()}
-        kinds = SGD if isinstance(self.sync, Averaged) else ADAMW
-        together = own_shared if isinstance(self.sync, Sharded) else ()
-        for file in (SHARED, ema_file(SHARED)):
-            if file in read:
-                check_weights(own_shared, read[file], path / file)
-        if (file := optimizer_file(SHARED)) in read:
-            check_state(unflatten(read[file]), own_shared, kinds, path / file, together)
-        is_zero = self.config.parallel.replica_engine == "deepspeed"
-        for owned in self.blocks:
-            name, shapes = block_file(owned.index), dict(owned.shapes)
-            if self._is_private:
-                shapes |= _prefixed(own_shared)
-            for file in (name, ema_file(name)):
-                if file in read:
-                    check_weights(shapes, read[file], path / file)
-            file, together = optimizer_file(name), owned.shapes if is_zero else ()
-            check_state(unflatten(read[file]), shapes, ADAMW, path / file, together)
-
-    def _restore_block(
-        self, checkpoint: Checkpoint, owned: OwnedBlock, read: dict[str, dict[str, Tensor]]
-    ) -> None:
-        """read: what `_check` has accepted; the block's files are taken out of it."""
-        name, engine = block_file(owned.index), owned.engine
-        if self.ema:  # through the weights: an engine knows how to split these
-            averages, private = split_private(read.pop(ema_file(name)))
-            engine.set_weights(averages.items())
-            self.ema.load({k: engine.part(p) for k, p in owned.parameters.items()})
-            self.ema.load(_prefixed(private))
-        layers, private = split_private(read.pop(name))
-        engine.set_weights(layers.items())
-        tensors = read.pop(optimizer_file(name))
-        engine.set_optimizer_state(unflatten(split_private(tensors)[0]))
-        if self._is_private:
-            fill(self.shared, private, checkpoint.path / name)
-            assert self.sync.optimizer is not None
-            load_state(self.sync.optimizer, self.shared_parameters, unflatten(tensors, PREFIX))
-
     @property
-    def _is_private(self) -> bool:
+    def is_private(self) -> bool:
         """Whether each block's copy of the shared modules has values and an optimizer of its
         own."""
         is_parallel = self.config.mode == "block_parallel"
@@ -403,47 +256,6 @@ def own_blocks(config: Config, topology: Topology) -> list[int]:
     return [] if topology.block is None else [named[topology.block]]
 
 
-def files_to_restore(
-    config: Config, topology: Topology, blocks: list[int], *, has_common: bool = True
-) -> list[str]:
-    """The files of a checkpoint that `RankState.restore` reads on this rank, which owns these
-    blocks, and no others. has_common: whether it holds what all blocks share; blocks that were
-    saved by themselves leave none."""
-    p, has_ema = config.parallel, config.train.ema_decay > 0
-    is_parallel = config.mode == "block_parallel"
-    is_private = is_parallel and p.sync != "step"
-    is_averaged = is_parallel and p.sync == "every" and p.blocks is None
-    files = [SHARED] if (is_averaged and has_common) or not is_private else []
-    if is_averaged:
-        is_plain = p.outer_lr == 1 and p.outer_momentum == 0
-        has_optimizer = topology.is_coordinator and not is_plain and has_common
-    else:
-        is_sharded = p.coordinator == "sharded"
-        has_optimizer = not is_private and (
-            not is_parallel or is_sharded or topology.is_coordinator
-        )
-    if has_optimizer:
-        files.append(optimizer_file(SHARED))
-    if has_ema and not is_private:
-        files.append(ema_file(SHARED))
-    for name in map(block_file, blocks):
-        files += [name, optimizer_file(name), *([ema_file(name)] if has_ema else [])]
-    return files
-
-
-def mean_shared(checkpoint: Checkpoint, num_blocks: int) -> dict[str, Tensor]:
-    """The mean of the blocks' own shared modules: the common parameters of blocks that were saved
-    by themselves. Summed in block order, as `coordinator` does. Raises CheckpointError."""
-    total: dict[str, Tensor] = {}
-    for block in range(num_blocks):
-        _, private = split_private(checkpoint.tensors(block_file(block)))
-        if total and total.keys() != private.keys():
-            path = checkpoint.path / block_file(block)
-            raise CheckpointError(f"{path} has other shared modules than block 0's file")
-        total = {name: total[name] + t if total else t for name, t in private.items()}
-    return {name: tensor / num_blocks for name, tensor in total.items()}
-
-
 def describe_model(config: Config, spec: DatasetSpec) -> dict[str, Any]:
     """What a checkpoint must agree with: sizes, cut and partition of the model."""
     schedule = None if config.mode == "end_to_end" else config.noise_schedule()
@@ -460,5 +272,5 @@ def describe_model(config: Config, spec: DatasetSpec) -> dict[str, Any]:
     }
 
 
-def _prefixed(tensors: dict[str, Any]) -> dict[str, Any]:
+def prefixed(tensors: dict[str, Any]) -> dict[str, Any]:
     return {PREFIX + name: tensor for name, tensor in tensors.items()}

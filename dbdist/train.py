@@ -21,10 +21,11 @@ from dbdist.fallback import choose, set_aside
 from dbdist.monitor import Monitor, peak_memory_mb
 from dbdist.parallel.launch import Launch
 from dbdist.parallel.topology import Topology
-from dbdist.rank_state import describe_model, files_to_restore, own_blocks
+from dbdist.rank_state import describe_model, own_blocks
 from dbdist.run_dir import check_run_dir, claim, write_evaluation
 from dbdist.run_lock import sole_trainer
 from dbdist.session import facts_of, hearing_signals, joined
+from dbdist.state_files import files_to_restore
 from dbdist.trainer import Trainer, layout_of
 
 GRACE_S = 20.0

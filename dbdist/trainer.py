@@ -33,6 +33,7 @@ from dbdist.parallel.stopping import GONE, Stop
 from dbdist.parallel.topology import Layout, Topology
 from dbdist.rank_state import OwnedBlock, RankState, describe_model, own_blocks
 from dbdist.records import Records, StepResult, Trainee
+from dbdist.state_files import files_of, restore
 from dbdist.tasks.classification import Draws, Loss, sample_draws
 
 MAX_APART = 100
@@ -84,7 +85,7 @@ class Trainer:
         self.state = RankState(config, topology, train_set.spec, blocks, is_empty=is_empty)
         if checkpoint is not None:
             with topology.agree("reading the checkpoint"):
-                self.state.restore(checkpoint)
+                restore(self.state, checkpoint)
         self._order = self._block_order()
         self.trainees = [self._trainee(owned) for owned in self.state.blocks]
         self.writer = CheckpointWriter(
@@ -317,7 +318,7 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         refusal = None if self._is_sound else "its numbers are wrong"
-        self.writer.save(step, self.state.files(), self._about(step), refusal=refusal)
+        self.writer.save(step, files_of(self.state), self._about(step), refusal=refusal)
 
     def _stop_for_any_fault(self) -> None:
         """At the end, where no rank asks any more whether to go on. Collective."""
@@ -342,7 +343,7 @@ class Trainer:
             self._finish_saving()
         elif is_new and self._is_sound and self._has_own_part:
             self.topology.watch.at("saving")
-            self.writer.save(self.step, self.state.files(), self._about(self.step), is_alone=True)
+            self.writer.save(self.step, files_of(self.state), self._about(self.step), is_alone=True)
             self.writer.finish(self.config.parallel.timeout_s)
             told = f"; blocks {own_blocks(self.config, self.topology)} saved step {self.step}"
         if stop.is_fault:

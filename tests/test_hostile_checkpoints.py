@@ -24,9 +24,10 @@ from dbdist.export import export
 from dbdist.fallback import choose
 from dbdist.inference import load_weights
 from dbdist.parallel.topology import Layout, Topology
-from dbdist.rank_state import RankState, describe_model, files_to_restore
+from dbdist.rank_state import RankState, describe_model
 from dbdist.restore import load_block
 from dbdist.run_dir import claim
+from dbdist.state_files import files_of, files_to_restore, restore
 
 pytestmark = pytest.mark.timeout(120)
 PUBLISHED = Path(__file__).parent / "golden/a/weights.safetensors"
@@ -57,7 +58,9 @@ def run(tmp_path_factory):
     claim(config, 100, None)
     state = state_of(config, seed=7)
     writer = CheckpointWriter(folder, ALONE, {0}, keep_last=9)
-    writer.save(1, state.files(), {"model": describe_model(config, state.spec), "samples_seen": 1})
+    writer.save(
+        1, files_of(state), {"model": describe_model(config, state.spec), "samples_seen": 1}
+    )
     writer.finish(10.0)
     return folder, config
 
@@ -177,7 +180,7 @@ def test_changed_weights_are_restored_or_refused_before_anything_changes(run, he
         except CheckpointError as error:
             assert_one_sentence(error)
         try:
-            state.restore(checkpoint)
+            restore(state, checkpoint)
         except CheckpointError as error:
             assert_one_sentence(error, file)
             after = tensors_of(state)

@@ -21,6 +21,7 @@ from dbdist.checkpoint import MANIFEST, complete_folders
 from dbdist.cli import OneLineParser, guarded, parse_config
 from dbdist.config import Config
 from dbdist.rank_state import describe_model
+from dbdist.state_files import files_of
 from dbdist.trainer import Trainer
 
 TIMEOUT_S = 600.0
@@ -60,7 +61,7 @@ def measure(config: Config, block: int, warmup: int, steps: int, saves: int) -> 
     for step in range(1, 1 + 2 * saves):
         manifest = writer.folder / f"step-{step:08d}" / MANIFEST
         start = time.perf_counter()
-        writer.save(step, state.files(), about)
+        writer.save(step, files_of(state), about)
         stall_ms.append(_ms_since(start))
         if step % 2:
             writer.finish(TIMEOUT_S)

@@ -17,7 +17,8 @@ from dbdist.evaluate import config_of_run, evaluate_run
 from dbdist.export import export
 from dbdist.fallback import choose, set_aside
 from dbdist.parallel.topology import Layout, Topology
-from dbdist.rank_state import RankState, describe_model, files_to_restore
+from dbdist.rank_state import RankState, describe_model
+from dbdist.state_files import files_to_restore, restore
 
 ALONE, BLOCKS = Topology(Layout(1)), [0, 1, 2]
 WORDS = (*SMALL, "--train.max_steps", "15", "--checkpoint.every_steps", "5")
@@ -144,7 +145,7 @@ def test_no_weight_changes_before_all_is_checked(copy, damage):
     before = {name: tensor.clone() for name, tensor in state.parameters.items()}
     damage(path)
     with pytest.raises(CheckpointError, match=DAMAGE[damage]):
-        state.restore(find_checkpoint(folder))
+        restore(state, find_checkpoint(folder))
     after = state.parameters
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert not any(owned.engine.optimizer.state for owned in state.blocks)
