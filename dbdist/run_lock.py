@@ -30,8 +30,8 @@ def sole_trainer(run_dir: Path, blocks: Sequence[int], timeout_s: float) -> Iter
     """Keeps others from training these blocks here. Raises ConfigError, naming who does, if they
     are not free soon, at the latest after timeout_s. Without effect where the file system has no
     locks, or the folder cannot be written."""
+    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     try:
-        is_new = not run_dir.exists()
         run_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run_dir / NAME, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError:  # told by whoever writes there first
@@ -42,11 +42,11 @@ def sole_trainer(run_dir: Path, blocks: Sequence[int], timeout_s: float) -> Iter
             _lock(run_dir, descriptor, block, timeout_s)
         yield
     finally:
-        if is_new:
-            with suppress(OSError):  # nothing has come of it
-                if os.listdir(run_dir) == [NAME]:
-                    (run_dir / NAME).unlink()
-                    run_dir.rmdir()
+        with suppress(OSError):
+            if made and os.listdir(run_dir) == [NAME]:  # nothing has come of it
+                (run_dir / NAME).unlink()
+                for path in made:
+                    path.rmdir()
         os.close(descriptor)
 
 

@@ -90,9 +90,9 @@ def test_a_holder_on_another_machine_is_waited_for(tmp_path, capsys):
 
 def test_nothing_stays_of_a_run_that_was_refused(tmp_path):
     with pytest.raises(ConfigError, match="something else"):
-        with sole_trainer(tmp_path / "new", [0], 1.0):
+        with sole_trainer(tmp_path / "runs/of/mine", [0], 1.0):
             raise ConfigError("something else")
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "runs").exists()
     (tmp_path / "old").mkdir()
     with sole_trainer(tmp_path / "old", [0], 1.0):
         Path(tmp_path / "old" / "config.yaml").touch()
