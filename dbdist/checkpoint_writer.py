@@ -91,7 +91,7 @@ class CheckpointWriter:
         older than the newest complete checkpoint; of a run of some blocks only what is theirs. On
         the coordinator, before anybody writes. forget_after: parts of later steps are forgotten,
         as this run will come to others."""
-        with suppress(OSError):  # what stays does no harm
+        with suppress(OSError, CheckpointError):  # what stays does no harm
             for path in step_folders(self.folder) if forget_after is not None else ():
                 for block in blocks_in(path) if step_of(path) > (forget_after or 0) else ():
                     (path / MANIFEST).unlink(missing_ok=True)
@@ -123,11 +123,8 @@ class CheckpointWriter:
         is_alone = is_alone or self._is_alone
         assert rank in self._writers or not files, f"rank {rank} writes {list(files)}"
         assert not (is_alone and files) or self._block is not None, "there is no part to write"
-        if is_alone and not self._is_alone:  # nobody may be there to hear of it
-            with suppress(RuntimeError):  # the store is gone too
-                self.poll()
-            self._about.clear()
-            self._is_alone = True
+        if is_alone:
+            self.stay_alone()
         if self._part is not None:
             wait([self._part])
             self.poll()
@@ -141,6 +138,14 @@ class CheckpointWriter:
             else:
                 self._part = Future()
                 self._part.set_result({"step": step, "error": refusal})
+
+    def stay_alone(self) -> None:
+        """From now on nothing is told or asked: there may be nobody to hear of it."""
+        if not self._is_alone:
+            with suppress(RuntimeError):  # the store is gone too
+                self.poll()
+            self._about.clear()
+            self._is_alone = True
 
     def poll(self) -> None:
         """Reports this rank's part once it is written; on the coordinator also completes every
@@ -210,7 +215,7 @@ class CheckpointWriter:
         for step in [step for step, future in self._completing.items() if future.done()]:
             try:
                 reason = self._completing.pop(step).result()
-            except OSError as error:
+            except _Stays as error:
                 self.warn(f"checkpoints beyond checkpoint.keep_last cannot be removed ({error})")
                 continue
             if reason is not None:
@@ -224,13 +229,16 @@ class CheckpointWriter:
 
     @property
     def _rest(self) -> str:
-        if self._is_alone:
-            own = [step_of(p) for p in step_folders(self.folder) if self._block in blocks_in(p)]
-            newest = f"is of step {max(own)}" if own else "does not exist"
-            return f"block {self._block}'s newest part {newest}"
-        if not (complete := complete_folders(self.folder)):
-            return "none is complete"
-        return f"the newest complete one is step {step_of(complete[-1])}"
+        try:
+            if self._is_alone:
+                own = [step_of(p) for p in step_folders(self.folder) if self._block in blocks_in(p)]
+                newest = f"is of step {max(own)}" if own else "does not exist"
+                return f"block {self._block}'s newest part {newest}"
+            if not (complete := complete_folders(self.folder)):
+                return "none is complete"
+            return f"the newest complete one is step {step_of(complete[-1])}"
+        except (OSError, CheckpointError):
+            return f"{self.folder} cannot be read"
 
     def _what_is_missing(self) -> str:
         if self._part is not None:
@@ -268,20 +276,20 @@ class CheckpointWriter:
 
     def _write_files(self, path: Path) -> dict[str, Any]:
         for attempt in range(3):
-            path.mkdir(parents=True, exist_ok=True)
-            (path / MANIFEST).unlink(missing_ok=True)  # a step that is saved again
-            if self._block is not None:
-                (path / part_file(self._block)).unlink(missing_ok=True)
             try:
+                path.mkdir(parents=True, exist_ok=True)
+                (path / MANIFEST).unlink(missing_ok=True)  # a step that is saved again
+                if self._block is not None:
+                    (path / part_file(self._block)).unlink(missing_ok=True)
                 return {name: copy.write(path / name) for name, copy in self._snapshots.items()}
-            except FileNotFoundError:  # another block's run has just found the folder empty
+            except (FileNotFoundError, FileExistsError):  # another run found the folder empty
                 if attempt == 2:
                     raise
         raise AssertionError
 
     def _complete(self, step: int, parts: dict[int, Part], about: dict[str, Any]) -> str | None:
         """Makes the parts a checkpoint and retires the oldest, or removes them and returns why;
-        blocks' own parts stay. Raises OSError if the oldest cannot be removed."""
+        blocks' own parts stay. Raises _Stays if the oldest cannot be removed."""
         path = self._path(step)
         reasons = [
             f"rank {rank}: {part['error']}"
@@ -294,14 +302,17 @@ class CheckpointWriter:
             except OSError as error:
                 reasons = [f"rank 0: {path / MANIFEST} cannot be written ({error.strerror})"]
         if reasons:
-            with suppress(OSError):  # the next run cleans up
+            with suppress(OSError, CheckpointError):  # the next run cleans up
                 self._give_up(path)
             return reasons[0]
-        # Later ones may have all their parts already: they are completed after this one.
-        done = [path for path in complete_folders(self.folder) if step_of(path) <= step]
-        for old in done[: -self.keep_last]:
-            _remove(old)
-        self._remove_incomplete(step)
+        try:
+            # Later ones may have all their parts already: they are completed after this one.
+            done = [path for path in complete_folders(self.folder) if step_of(path) <= step]
+            for old in done[: -self.keep_last]:
+                _remove(old)
+            self._remove_incomplete(step)
+        except (OSError, CheckpointError) as error:
+            raise _Stays(str(error)) from None
         return None
 
     def _give_up(self, path: Path) -> None:
@@ -323,7 +334,7 @@ class CheckpointWriter:
                 shutil.rmtree(path)
 
     def _retire_own(self, step: int) -> None:
-        with suppress(OSError):  # the part is written; the next time tries again
+        with suppress(OSError, CheckpointError):  # the part is written; the next time tries again
             if self._block is not None:
                 retire(self.folder, self._block, self.keep_last, step)
 
@@ -351,6 +362,10 @@ class CheckpointWriter:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
+
+
+class _Stays(Exception):
+    """What should be removed cannot be."""
 
 
 class _Background:
@@ -389,8 +404,10 @@ def retire(folder: Path, block: int, keep_last: int, last_step: int) -> None:
 
 def _remove(path: Path) -> None:
     """Removes a checkpoint; raises OSError."""
-    (path / MANIFEST).unlink(missing_ok=True)  # from here on it is none
-    shutil.rmtree(path)
+    (path / MANIFEST).unlink(missing_ok=True)
+    for block in blocks_in(path):
+        (path / part_file(block)).unlink(missing_ok=True)
+    shutil.rmtree(path)  # from here on it is none
 
 
 def _versions() -> dict[str, Any]:

@@ -11,6 +11,7 @@ import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
@@ -85,7 +86,8 @@ def fail(prog: str, message: object, code: int = 2) -> NoReturn:
     if code == 2:
         _launch().leave_together()
     # No interpreter shutdown: a process group that lost its peers must not hold the exit code back.
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     os._exit(code)
 
 
@@ -94,8 +96,9 @@ def say(prog: str, message: object) -> None:
     text = " ".join(str(message).split())
     launch = _launch()
     rank = f"[r{launch.rank}] " if launch.world_size > 1 else ""
-    sys.stderr.flush()
-    os.write(2, f"{rank}{prog}: {text}\n".encode())  # at once: ranks share the terminal
+    with suppress(OSError):  # nobody listens any more, which must not keep anybody from ending
+        sys.stderr.flush()
+        os.write(2, f"{rank}{prog}: {text}\n".encode())  # at once: ranks share the terminal
 
 
 def guarded(

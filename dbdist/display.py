@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,17 @@ class _Block:
         return [*known, f"ETA {self.eta}"]
 
 
+class SteadyConsole(Console):
+    """A console that may be lost, or lie on a full disk, without an error for who writes to it."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with suppress(OSError):
+            super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Display:
     """One line per block: live bars on a terminal, now and then a plain line elsewhere."""
 
@@ -73,12 +85,14 @@ class Display:
             self._show_lines(now)
         elif now - self._shown_at >= LIVE_INTERVAL_S:
             self._shown_at = now
-            self._show_bars()
+            with suppress(OSError):
+                self._show_bars()
 
     def stop(self) -> None:
         if self.live is not None:
-            self._show_bars()
-            self.live.stop()
+            with suppress(OSError):
+                self._show_bars()
+                self.live.stop()
             self.live = None
 
     def _show_lines(self, now: float) -> None:

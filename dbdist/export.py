@@ -9,7 +9,6 @@ from dbdist import build
 from dbdist.cli import OneLineParser, guarded
 from dbdist.config import Config
 from dbdist.data import dataset_spec
-from dbdist.errors import CheckpointError
 from dbdist.evaluate import checkpoint_of_run, config_of_run
 from dbdist.inference import describe, save_model
 from dbdist.parallel.topology import Layout, Topology
@@ -50,10 +49,7 @@ def export(config: Config, out: Path) -> None:
     schedule = None if config.mode == "end_to_end" else config.noise_schedule()
     layers = [len(layers) for layers in config.layers_of_block]
     sizes = build.architecture(config, spec)
-    try:
-        save_model(out, weights, describe(sizes, spec, layers, schedule, sampler, is_private))
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written ({error.strerror})") from None
+    save_model(out, weights, describe(sizes, spec, layers, schedule, sampler, is_private))
 
 
 if __name__ == "__main__":

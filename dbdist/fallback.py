@@ -39,12 +39,14 @@ def choose(
     step: int | None = None,
     is_training: bool = False,
     blocks: Sequence[int] | None = None,
+    attempts: int = 3,
 ) -> Choice | None:
     """The newest checkpoint; with `fallback`, the newest intact one; with `step`, that one and no
     other. None where there is none. Collective.
 
     model: what the checkpoint must agree with. is_training: it will be continued. blocks: those
-    that it must have; None: all. Raises CheckpointError, the same on every rank, if it is damaged
+    that it must have; None: all. attempts: while a run goes on it may remove what was just found;
+    then newer ones are looked for. Raises CheckpointError, the same on every rank, if it is damaged
     or foreign; the message names the file and the newest step that is intact.
     """
     folder = run_dir / "checkpoints"
@@ -70,6 +72,17 @@ def choose(
     for path in reversed(common):
         checkpoint, reason = _verdict(path, topology, model, needs, blocks)
         if checkpoint is None:
+            if not is_training and attempts > 1 and any(topology.gather(not path.is_dir())):
+                return choose(
+                    run_dir,
+                    topology,
+                    model,
+                    needs,
+                    fallback=fallback,
+                    step=step,
+                    blocks=blocks,
+                    attempts=attempts - 1,
+                )
             damaged.append((path, reason))
             continue
         if damaged:
@@ -149,7 +162,7 @@ def _tell(
             f"{reason}; step {intact.step} is intact: add --checkpoint.fallback true to {use} it"
         )
     if topology.is_coordinator:
-        end = "; what is damaged gets the ending .damaged" if is_training else ""
+        end = "; what is damaged is renamed" if is_training else ""
         print(
             f"warning: {reason}; step {intact.step} is the newest intact one and is used{end}",
             file=sys.stderr,

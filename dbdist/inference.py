@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dbdist.data.datasets import DatasetSpec, normalize
@@ -24,6 +24,7 @@ from dbdist.errors import CheckpointError, UserError
 from dbdist.models import vit
 from dbdist.noise import NoiseSchedule
 from dbdist.sampler import Sampler
+from dbdist.snapshot import Snapshot
 from dbdist.tasks.classification import ClassReadout
 
 FORMAT = "dbdist-model"
@@ -113,17 +114,21 @@ class LoadedModel:
 
 
 def save_model(out: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Writes an exported model; config.json comes last and marks it complete."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").unlink(missing_ok=True)
-    partial = out / "model.safetensors.partial"
-    save_file({k: v.contiguous() for k, v in weights.items()}, partial)
-    os.replace(partial, out / "model.safetensors")
-    partial = out / "config.json.partial"
-    partial.write_text(
-        json.dumps({"format": FORMAT, "version": VERSION, **config}, indent=2) + "\n"
-    )
-    os.replace(partial, out / "config.json")
+    """Writes an exported model; config.json comes last and marks it complete. Raises
+    CheckpointError where it cannot be written."""
+    on_host = {name: tensor.cpu() for name, tensor in weights.items()}
+    text = json.dumps({"format": FORMAT, "version": VERSION, **config}, indent=2) + "\n"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").unlink(missing_ok=True)
+        file = Snapshot(on_host)
+        file.fill(on_host)
+        file.write(out / "model.safetensors")
+        partial = out / "config.json.partial"
+        partial.write_text(text)
+        os.replace(partial, out / "config.json")
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written ({error.strerror})") from None
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> LoadedModel:

@@ -213,8 +213,11 @@ def merged_config(runs: Sequence[Run], out: Path) -> Config:
 def write_run(out: Path, config: Config, step: int, chosen: Sequence[Run]) -> None:
     """OUT, whole or not at all. Raises CheckpointError for a damaged file and where OUT cannot be
     written."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not empty; give another OUT")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"{out} exists and is not empty; give another OUT")
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written ({error.strerror})") from None
     alone: Part = {"is_alone": True}  # what a run had for all its blocks stays there
     parts = [run.parts[step][block] | alone for block, run in enumerate(chosen)]
     places = [_folder(run.path, step) for run in chosen]

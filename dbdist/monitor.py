@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dbdist.checkpoint import complete_folders
-from dbdist.display import Display, clock_text, print_line, range_text
+from dbdist.display import Display, SteadyConsole, clock_text, print_line, range_text
 from dbdist.histogram import SigmaHistogram
 from dbdist.noise import NoiseSchedule
 from dbdist.record_files import Board, Json, MetricsFile, Scalars, blocks_name, metrics_file
@@ -60,7 +60,7 @@ class Monitor(AbstractContextManager["Monitor"]):
         """reporters: the ranks that record. start_step: steps done before; later metrics go.
         blocks: those that this run trains by themselves, with files of their own; None: all."""
         self._run_dir, self._schedule, self._start_step = run_dir, schedule, start_step
-        self._console = console or Console(width=None if sys.stdout.isatty() else 120)
+        self._console = console or SteadyConsole(width=None if sys.stdout.isatty() else 120)
         shown = tuple(range(num_blocks)) if blocks is None else blocks
         self._display = Display(self._console, schedule, shown, range(start_step, max_steps))
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ class Monitor(AbstractContextManager["Monitor"]):
     def warn(self, text: str) -> None:
         """A line on stderr; through the live display where that shares stderr's terminal."""
         is_shared = self._display.live is not None and sys.stderr.isatty()
-        console = self._console if is_shared else Console(stderr=True)
+        console = self._console if is_shared else SteadyConsole(stderr=True)
         print_line(console, f"warning: {text}", style="yellow")
 
     def summary(

@@ -204,7 +204,8 @@ class ParallelConfig:
     """Steps between comparisons of the weights that several ranks hold alike, by their hashes; 0:
     never. A difference stops the run."""
     timeout_s: float = 600.0
-    """Seconds that a rank waits for the others, or may stand still, before all ranks give up."""
+    """Seconds that a rank may stand still, or not come, before all ranks give up. Collectives, in
+    which nobody can be told to be late, fail after twice as long."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,15 @@ def read_part(path: Path, block: int) -> Part:
     """A block's part in a step's folder. Raises CheckpointError for a missing or damaged one."""
     file = path / part_file(block)
     try:
-        part = json.loads(file.read_text())
+        text = file.read_text()
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
+    except ValueError:  # no text
+        text = ""
+    try:
+        part = json.loads(text)
         is_readable = (
             (part["format"], part["version"], part["block"]) == (FORMAT, VERSION, block)
             and path.name == f"step-{part['step']:08d}"
@@ -58,7 +66,7 @@ def read_part(path: Path, block: int) -> Part:
             is_own = re.fullmatch(rf"block-{block}(\.\w+)?\.safetensors", name)
             is_readable = is_readable and bool(is_own) and _is_entry(entry)
         is_readable = is_readable and isinstance(part["is_alone"], bool)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         is_readable, part = False, {}
     if not is_readable:
         raise CheckpointError(
@@ -83,6 +91,11 @@ def has_all(path: Path) -> bool:
                 return False
             return any(_may_be_alone(path, block) for block in range(num_blocks))
     return False
+
+
+def alone_in(path: Path) -> list[int]:
+    """The blocks in a step's folder that a run of some blocks has saved."""
+    return [block for block in blocks_in(path) if _may_be_alone(path, block)]
 
 
 def _may_be_alone(path: Path, block: int) -> bool:

@@ -1,6 +1,6 @@
 """The files that a run's records go to: metrics.jsonl, and TensorBoard's with the same scalars.
 
-Each step is there once, ascending, also after a resume and a full disk.
+Each step is there once, ascending, also after a resume.
 """
 
 import json
@@ -30,25 +30,25 @@ def metrics_file(blocks: tuple[int, ...] | None) -> str:
 
 
 class MetricsFile:
-    """metrics.jsonl, cut after `start_step`: steps ascend, and the last line may be amended."""
+    """metrics.jsonl, cut after `start_step`: steps ascend, and the last line may be amended. While
+    a disk is full the lines after the first are lost."""
 
     def __init__(self, path: Path, start_step: int) -> None:
+        """Raises OSError."""
         last_line, self._last = b"", {"step": -1, "time_s": 0.0}
-        temporary = path.with_suffix(".jsonl.tmp")
-        num_dropped = 0
+        size, kept, has_gap = 0, 0, False
         if path.exists():
-            # A line at a time: the file of a long run is long.
-            with path.open("rb") as found, temporary.open("wb") as kept:
-                for line in found:
-                    if (values := _values_until(start_step, line)) is None:
-                        num_dropped += 1
-                    else:
-                        kept.write(line)
+            with path.open("rb") as found:
+                for line in found:  # one at a time: the file of a long run is long
+                    if (values := _values_until(start_step, line)) is not None:
+                        has_gap = has_gap or kept < size
+                        kept = size + len(line)
                         last_line, self._last = line, values
-            if num_dropped:
-                os.replace(temporary, path)
-            else:
-                temporary.unlink()
+                    size += len(line)
+            if has_gap:
+                _keep_lines(path, start_step)
+            elif kept < size:
+                os.truncate(path, kept)
         self._file = path.open("ab", buffering=0)
         self._offset = self._file.tell() - len(last_line)  # where the last line starts
         self._is_written = True
@@ -84,10 +84,20 @@ class MetricsFile:
         self._is_written = True
 
 
+def _keep_lines(path: Path, step: int) -> None:
+    """Leaves out what is torn or of later steps, wherever it stands."""
+    temporary = path.with_suffix(".jsonl.tmp")
+    with path.open("rb") as found, temporary.open("wb") as kept:
+        kept.writelines(line for line in found if _values_until(step, line) is not None)
+    os.replace(temporary, path)
+
+
 def _values_until(step: int, line: bytes) -> Json | None:
     """The values of a line of metrics.jsonl; None if it is torn or of a later step."""
-    with suppress(ValueError):  # not JSON
-        if (values := json.loads(line))["step"] <= step and line.endswith(b"\n"):
+    with suppress(ValueError, KeyError, TypeError, RecursionError):  # none of ours
+        values = json.loads(line)
+        is_ours = values["step"] <= step and values["time_s"] >= 0
+        if is_ours and line.endswith(b"\n"):
             return values
     return None
 

@@ -94,8 +94,11 @@ class Records:
             self._mailbox.post({"warning": text})
 
     def measure(self, step: int) -> dict[str, float]:
-        """This rank's scalars since the last record. Collective among the replicas of a block."""
+        """This rank's scalars since the last record; none for the same step again. Collective among
+        the replicas of a block."""
         rank, marks, meter = self.topology.rank, self._marks, self.topology.meter
+        if step == marks.step:  # it has been recorded
+            return {}
         scalars: dict[str, float] = {}
         for trainee in self.trainees:
             scalars |= self._measure_block(trainee, step)

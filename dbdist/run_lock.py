@@ -1,8 +1,9 @@
-"""Whose blocks a run directory's are while they are trained: two jobs that write the same files
-would leave a mixture of both.
+"""Who trains which block in a run directory: two jobs that write the same files would leave a
+mixture of both.
 
-RUN/.lock has a record for each block, which its trainer locks and signs. The kernel gives a lock
-back when its process ends, however that happens; data workers do not inherit it.
+RUN/.lock has a record for each block, which the block's first replica locks and signs. The kernel
+gives a lock back when its process ends, however that happens; data workers do not inherit it. The
+file is never removed: somebody may wait for it.
 """
 
 import errno
@@ -27,33 +28,30 @@ PATIENCE_ELSEWHERE_S = 100.0
 
 @contextmanager
 def sole_trainer(run_dir: Path, blocks: Sequence[int], timeout_s: float) -> Iterator[None]:
-    """Keeps others from training these blocks here. Raises ConfigError, naming who does, if they
-    are not free soon, at the latest after timeout_s. Without effect where the file system has no
-    locks, or the folder cannot be written."""
-    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run_dir / NAME, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError:  # told by whoever writes there first
+    """Keeps others from training these blocks here; makes the folder. Raises ConfigError, naming
+    who does, if they are not free soon, at the latest after timeout_s. Without effect where the
+    file system has no locks."""
+    if not blocks:
         yield
         return
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run_dir / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror})") from None
+    try:
+        start = time.monotonic()
         for block in blocks:
-            _lock(run_dir, descriptor, block, timeout_s)
+            _lock(run_dir, descriptor, block, start, timeout_s)
         yield
     finally:
-        with suppress(OSError):
-            if made and os.listdir(run_dir) == [NAME]:  # nothing has come of it
-                (run_dir / NAME).unlink()
-                for path in made:
-                    path.rmdir()
         os.close(descriptor)
 
 
-def _lock(run_dir: Path, descriptor: int, block: int, timeout_s: float) -> None:
-    offset, start = block * RECORD_BYTES, time.monotonic()
+def _lock(run_dir: Path, descriptor: int, block: int, start: float, timeout_s: float) -> None:
+    offset = block * RECORD_BYTES
     own = f"process {os.getpid()} on {socket.gethostname()}"[: RECORD_BYTES - 1]
-    patience_s: float | None = None
+    has_told = False
     while True:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, RECORD_BYTES, offset)
@@ -62,17 +60,19 @@ def _lock(run_dir: Path, descriptor: int, block: int, timeout_s: float) -> None:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 return  # no locks here
         record = os.pread(descriptor, RECORD_BYTES, offset).decode(errors="replace")
-        holder = " ".join(record.rstrip("\0\n").split()) or "another process"
-        if patience_s is None:
-            is_here = holder.endswith(f" on {socket.gethostname()}")
-            patience_s = min(PATIENCE_S if is_here else PATIENCE_ELSEWHERE_S, timeout_s)
-            if not is_here:
-                told = f"waits up to {patience_s:.0f} s for {holder}, which trains block {block}"
-                print(f"warning: {run_dir}: {told} there", file=sys.stderr, flush=True)
-        if time.monotonic() - start > patience_s:
+        holder = " ".join(record.replace("\0", " ").split()) or "another process"
+        is_here = holder.endswith(f" on {socket.gethostname()}")
+        patience_s = min(PATIENCE_S if is_here else PATIENCE_ELSEWHERE_S, timeout_s)
+        waited_s = time.monotonic() - start
+        if not is_here and not has_told and waited_s > 0.5:  # by then it has signed
+            told = f"waits up to {patience_s:.0f} s for {holder}, which trains block {block}"
+            print(f"warning: {run_dir}: {told} there", file=sys.stderr, flush=True)
+            has_told = True
+        if waited_s > patience_s:
             raise ConfigError(
                 f"{run_dir} is in use: {holder} trains block {block} there; wait for it, stop it, "
                 "or give another run_dir"
             )
         time.sleep(0.1)
-    os.pwrite(descriptor, own.encode().ljust(RECORD_BYTES, b"\n"), offset)
+    with suppress(OSError):  # a full disk: it holds all the same
+        os.pwrite(descriptor, own.encode().ljust(RECORD_BYTES, b"\n"), offset)

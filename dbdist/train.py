@@ -3,7 +3,7 @@ off."""
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -11,16 +11,25 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from dbdist import build
-from dbdist.checkpoint import SHARED, Checkpoint, block_file, find_checkpoint, newest_steps
+from dbdist.checkpoint import (
+    SHARED,
+    Checkpoint,
+    block_file,
+    find_checkpoint,
+    newest_steps,
+    step_folders,
+    step_of,
+)
 from dbdist.cli import guarded, parse_config, say
 from dbdist.config import Config
 from dbdist.data import dataset_spec, load_dataset, prepare
-from dbdist.errors import CheckpointError
+from dbdist.errors import CheckpointError, ConfigError
 from dbdist.evaluation import Evaluation
 from dbdist.fallback import choose, set_aside
 from dbdist.monitor import Monitor, peak_memory_mb
 from dbdist.parallel.launch import Launch
 from dbdist.parallel.topology import Topology
+from dbdist.parts import alone_in
 from dbdist.rank_state import describe_model, own_blocks
 from dbdist.run_dir import check_run_dir, claim, write_evaluation
 from dbdist.run_lock import sole_trainer
@@ -60,15 +69,11 @@ def train(
     """
     grace_s = GRACE_S if config.parallel.sync != "step" else 0.0
     with hearing_signals(topology, tell, grace_s), ExitStack() as held:
-        with topology.agree():
-            if topology.is_coordinator:
-                blocks = config.trained_blocks or range(config.num_blocks)
-                timeout_s = config.parallel.timeout_s / 2
-                held.enter_context(sole_trainer(Path(config.run_dir), blocks, timeout_s))
-        return _train(config, topology)
+        return _train(config, topology, held)
 
 
-def _train(config: Config, topology: Topology) -> Evaluation | None:
+def _train(config: Config, topology: Topology, held: ExitStack) -> Evaluation | None:
+    """held: to hold this rank's blocks until the end."""
     start = time.perf_counter()
     run_dir = Path(config.run_dir)
     with topology.agree("opening the run directory"):  # first: it takes no time
@@ -95,8 +100,13 @@ def _train(config: Config, topology: Topology) -> Evaluation | None:
         data = {"the training set": train_set.digest(), "the test set": test_set.digest()}
         topology.check_agreement(data)
     with topology.agree():
+        build.architecture(config, spec)  # raises before anything is written
+    with topology.agree("taking the run directory"):
+        blocks = own_blocks(config, topology) if topology.replica == 0 else []
+        held.enter_context(sole_trainer(run_dir, blocks, config.parallel.timeout_s / 2))
+    with topology.agree():
         if topology.is_coordinator:
-            build.architecture(config, spec)  # raises before anything is written
+            check_not_ahead(config, checkpoint, choice.damaged if choice else ())
             claim(config, len(train_set), checkpoint and checkpoint.step)
             set_aside(choice.damaged if choice else (), config.trained_blocks)
     with topology.agree("building the model"):
@@ -105,16 +115,10 @@ def _train(config: Config, topology: Topology) -> Evaluation | None:
         topology.check_agreement(trainer.state.describe_parameters())
     rows = topology.gather(trainer.state.ownership())
     monitor = None
-    if topology.is_coordinator:
-        monitor = Monitor(
-            run_dir,
-            trainer.schedule,
-            config.num_blocks,
-            set(range(topology.world_size)),
-            trainer.start_step,
-            trainer.max_steps,
-            blocks=config.trained_blocks,
-        )
+    with topology.agree():
+        if topology.is_coordinator:
+            monitor = open_monitor(config, topology, trainer)
+    if monitor is not None:
         monitor.ownership(rows)  # type: ignore[arg-type]
         if checkpoint is not None:
             monitor.message(f"continuing from step {checkpoint.step} ({checkpoint.path})")
@@ -159,6 +163,54 @@ def needed_files(config: Config, topology: Topology, checkpoint: Checkpoint) -> 
     return files
 
 
+def open_monitor(config: Config, topology: Topology, trainer: Trainer) -> Monitor:
+    """Raises ConfigError where its files cannot be written."""
+    try:
+        return Monitor(
+            Path(config.run_dir),
+            trainer.schedule,
+            config.num_blocks,
+            set(range(topology.world_size)),
+            trainer.start_step,
+            trainer.max_steps,
+            blocks=config.trained_blocks,
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir {config.run_dir} cannot be written ({error.strerror})"
+        ) from None
+
+
+def check_not_ahead(
+    config: Config, checkpoint: Checkpoint | None, damaged: Collection[Path]
+) -> None:
+    """Raises ConfigError where blocks have trained by themselves beyond the step from which a joint
+    run of `sync: every` would start: it would replace what they did. (With `never` it would come to
+    the same.) damaged: folders that do not count."""
+    p, start = config.parallel, checkpoint.step if checkpoint else 0
+    if config.trained_blocks is not None or p.sync != "every" or config.mode != "block_parallel":
+        return
+    ahead: dict[int, int] = {}
+    for path in sorted(step_folders(Path(config.run_dir) / "checkpoints"), key=step_of):
+        if step_of(path) > start and path not in damaged:
+            ahead |= dict.fromkeys(alone_in(path), step_of(path))
+    if ahead:
+        last = max(ahead.values())
+        behind = [b for b in range(config.num_blocks) if ahead.get(b, start) < last]
+        told = ", ".join(f"block {block} to step {step}" for block, step in sorted(ahead.items()))
+        raise ConfigError(
+            f"{config.run_dir} has blocks that were trained by themselves, {told}, beyond step "
+            f"{start}, the newest that all have; bring the others there first "
+            f"({_blocks_option(behind)} --train.max_steps {last}), or give another run_dir"
+        )
+
+
+def _blocks_option(blocks: list[int]) -> str:
+    """As it is typed."""
+    text = str(blocks[0]) if len(blocks) == 1 else f"[{','.join(map(str, blocks))}]"
+    return f"--parallel.blocks {text}"
+
+
 def tell_of_parts(config: Config, checkpoint: Checkpoint | None, monitor: Monitor) -> None:
     """Warns of what blocks that were trained by themselves leave undone or behind."""
     if config.trained_blocks is not None or config.parallel.sync == "step":
@@ -176,8 +228,7 @@ def tell_of_parts(config: Config, checkpoint: Checkpoint | None, monitor: Monito
         behind = [block for block, step in enumerate(steps) if step < max(steps)]
         monitor.warn(
             f"{ahead}, but all blocks start from step {start}, the newest they have in common; "
-            f"--parallel.blocks {behind[0] if len(behind) == 1 else behind} would train what is "
-            "behind alone"
+            f"{_blocks_option(behind)} would train what is behind alone"
         )
 
 

@@ -24,7 +24,7 @@ from dbdist.checkpoint import PREFIX, Checkpoint
 from dbdist.checkpoint_writer import CheckpointWriter
 from dbdist.config import Config
 from dbdist.data import BatchStream, ImageDataset
-from dbdist.errors import ConfigError, Fault, TopologyError
+from dbdist.errors import CheckpointError, ConfigError, Fault, TopologyError
 from dbdist.evaluation import Evaluation, check_test_set, evaluate
 from dbdist.histogram import SigmaHistogram
 from dbdist.monitor import Monitor
@@ -36,8 +36,9 @@ from dbdist.records import Records, StepResult, Trainee
 from dbdist.state_files import files_of, restore
 from dbdist.tasks.classification import Draws, Loss, sample_draws
 
-MAX_APART = 100
-"""Steps between blocks that never wait for each other up to which they stop after a common one."""
+MAX_APART_S = 15.0
+"""Blocks that never wait for each other stop after a common step if all can come to it in this
+time. Launchers kill a rank 30 s after its SIGTERM."""
 
 
 def layout_of(config: Config, world_size: int) -> Layout:
@@ -122,7 +123,7 @@ class Trainer:
         self.state.set_training(True)
         evaluation, stopping = None, self.topology.watch.stopping
         if self.config.parallel.sync == "never":
-            stopping.max_apart = MAX_APART
+            stopping.max_apart_s = MAX_APART_S
         try:
             for step in range(self.start_step, self.max_steps):
                 self.stop = stopping.may_begin(step)
@@ -132,7 +133,7 @@ class Trainer:
                 self.train_step(step)
                 self.step = step + 1
                 evaluation = self._after_step(self.step)
-            else:
+            if self.stop is None:
                 if evaluation is None and self.has_all_blocks:  # there was nothing left to train
                     evaluation = self.evaluate(self.start_step)
                 self._finish_saving()
@@ -342,14 +343,24 @@ class Trainer:
                 self._after_step(self.step, is_stop=True)
             self._finish_saving()
         elif is_new and self._is_sound and self._has_own_part:
-            self.topology.watch.at("saving")
-            self.writer.save(self.step, files_of(self.state), self._about(self.step), is_alone=True)
+            told = self._save_alone()
+        elif not stop.is_fault and stop.apart != GONE:
+            self.writer.stay_alone()
             self.writer.finish(self.config.parallel.timeout_s)
-            told = f"; blocks {own_blocks(self.config, self.topology)} saved step {self.step}"
         if stop.is_fault:
             raise Fault(stop.reason + told)
         if stop.last_step is None and stop.apart == GONE:
             raise Fault(f"{stop.reason}, but {GONE}{told or '; nothing new is saved'}")
+
+    def _save_alone(self) -> str:
+        """Saves this rank's block without the others; what to say of it."""
+        self.topology.watch.at("saving")
+        self.writer.save(self.step, files_of(self.state), self._about(self.step), is_alone=True)
+        try:
+            self.writer.finish(self.config.parallel.timeout_s)
+        except CheckpointError as error:  # what the stop is for comes first
+            return f"; {error}"
+        return f"; blocks {own_blocks(self.config, self.topology)} saved step {self.step}"
 
     def _finish_saving(self) -> None:
         with self.topology.agree():
@@ -375,11 +386,17 @@ class Trainer:
         else:
             self.writer.poll()
         if is_last and self._blocks_are_apart:  # each has saved its own, and waited for nobody
+            self.topology.watch.at("waiting for the others", waits=True)
+            self.stop = self.topology.watch.stopping.wait_for_all()
+            if self.stop is not None:
+                self._save_and_stop(self.stop)
+                return None
             self._stop_for_any_fault()
         evaluation = self.evaluate(step) if is_eval else None
         if evaluation is not None and self.topology.is_coordinator:
             scalars |= evaluation.scalars()
         if is_log:
+            self.topology.watch.at("recording")
             self.records.post(step, scalars, with_histograms=is_eval or is_last)
             self.records.collect()
         return evaluation

@@ -6,9 +6,9 @@
 # rank takes all cores. Another number rounds sums differently: keep it over a run's restarts.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-# Timeouts: parallel.timeout_s (600 s; --parallel.timeout_s) is how long a rank waits for another, at the start and in
-# every collective. On NCCL a collective that waited so long ends its process, so that torchrun can start the world
-# again: 1 after aborting NCCL, which is what torchrun sets; 3, torch's own default, without.
+# Timeouts: parallel.timeout_s (600 s; --parallel.timeout_s) is how long a rank waits for another at the start, and may
+# stand still. A collective fails after twice as long; on NCCL that ends its process, so that torchrun can start the
+# world again: 1 after aborting NCCL, which is what torchrun sets; 3, torch's own default, without.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 
 # A rank that takes longer than that to finish its step and save, after torchrun itself got a SIGTERM, is killed. Unset,

@@ -339,6 +339,24 @@ def test_old_checkpoints_that_cannot_be_removed_are_told_and_cost_nothing(tmp_pa
     assert steps_of(tmp_path) == [1, 2]
 
 
+def test_a_folder_that_cannot_be_listed_is_told_and_costs_nothing(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    writer, told = writer_of(tmp_path, keep_last=1)
+    with monkeypatch.context() as patch:
+
+        def refuse(folder):
+            raise CheckpointError(f"{folder} cannot be read (Stale file handle)")
+
+        patch.setattr("dbdist.checkpoint_writer.complete_folders", refuse)
+        writer.save(2, files(2), ABOUT)
+        writer.finish(10.0)
+        writer._tell(3, "something")
+    assert len(told) == 2
+    assert "keep_last cannot be removed" in told[0]
+    assert told[1].endswith("training goes on, " + f"{tmp_path}/checkpoints cannot be read")
+    assert_holds(tmp_path, 2)
+
+
 def test_a_last_checkpoint_that_fails_is_an_error_that_names_what_there_is(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     writer, told = writer_of(tmp_path)

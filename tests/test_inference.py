@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -392,16 +393,15 @@ def test_another_format_or_version_is_refused(model_dir, key, value):
     assert "dbdist-model version 1" in refused(model_dir)
 
 
-def test_config_json_comes_last_and_marks_a_model_complete(tmp_path):
-    export_blocks(tmp_path)
-
-    class Unwritable(dict):
-        def items(self):
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        save_model(tmp_path, Unwritable(), {})
-    assert "config.json" in refused(tmp_path)
+def test_config_json_comes_last_and_marks_a_model_complete(small_disk):
+    out = small_disk.path / "out"
+    export_blocks(out)
+    with suppress(OSError):
+        (small_disk.path / "ballast").write_bytes(bytes(2**21))
+    with pytest.raises(CheckpointError, match=r"out cannot be written \(No space"):
+        save_model(out, {"x": torch.zeros(10**6)}, {})
+    assert "config.json" in refused(out)
+    assert not list(out.glob("*.partial"))
 
 
 def test_what_is_saved_describes_the_model(tmp_path):

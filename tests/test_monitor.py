@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dbdist.display import SteadyConsole
 from dbdist.histogram import SigmaHistogram
 from dbdist.monitor import Monitor, Ownership, human_bytes, peak_memory_mb
 from dbdist.noise import NoiseSchedule
@@ -196,6 +198,25 @@ def test_resume_cuts_later_steps_and_a_torn_line_and_has_no_step_twice(tmp_path)
     ]
 
 
+@pytest.mark.parametrize("odd", [b"{}", b"5", b'{"step": 2}', b"[" * 9000, b"\xff\xfe", b"null"])
+def test_lines_that_are_none_of_ours_are_left_out_wherever_they_stand(tmp_path, odd):
+    ours = [json.dumps({"step": step, "time_s": 0.1}).encode() for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([ours[0], odd, ours[1], odd, b""]))
+    build_monitor(tmp_path, start=4)[0].close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"\n".join([*ours, b""])
+
+
+def test_a_resume_needs_no_space(small_disk):
+    first, _ = build_monitor(small_disk.path, reporters=(0,))
+    for step in range(1, 7):
+        first.record(0, step, loss(0, step))
+    first.close()
+    with suppress(OSError):
+        (small_disk.path / "ballast").write_bytes(bytes(2**21))
+    build_monitor(small_disk.path, start=4)[0].close()
+    assert [line["step"] for line in read_lines(small_disk.path)] == [1, 2, 3, 4]
+
+
 def test_a_new_run_starts_from_an_empty_file_with_step_zero_kept_out_of_it(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time_s": 1.0}\n{"step"')
     monitor, _ = build_monitor(tmp_path)
@@ -288,6 +309,24 @@ def test_live_display_has_a_line_per_block_and_is_not_torn_by_messages(tmp_path)
     assert last_frame.count("loss 0.2500") == 2
     assert "val/accuracy 0.5000" in text
     assert text.rstrip("\n").endswith("\x1b[?25h")  # the cursor is back
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_console_that_is_full_or_closed_costs_nothing(tmp_path, monkeypatch, terminal):
+    read, write = os.pipe()
+    os.close(read)
+    for number, file in enumerate((open("/dev/full", "w"), os.fdopen(write, "w"))):
+        console = SteadyConsole(file=file, force_terminal=terminal, width=100)
+        monkeypatch.setattr(sys, "stderr", file)
+        monitor = Monitor(tmp_path / f"{number}", SCHEDULE, 2, {0}, 0, 100, console)
+        monitor.ownership([])
+        monitor.record(0, 1, loss(0) | {"val/accuracy": 0.5})
+        monitor.warn("of something")
+        monitor.summary(0.5, [0.5], 1.0, {0: 1.0})
+        monitor.close()
+        assert [line["step"] for line in read_lines(tmp_path / f"{number}")] == [1]
+        with suppress(OSError):
+            file.close()
 
 
 def test_warnings_go_to_stderr(tmp_path, capsys):

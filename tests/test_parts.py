@@ -193,6 +193,21 @@ def test_a_run_of_a_block_retires_its_own_parts_alone(tmp_path):
     assert left == ["block-0.optimizer.safetensors", "block-0.part.json", "block-0.safetensors"]
 
 
+def test_a_part_counts_though_older_ones_cannot_be_listed(tmp_path, monkeypatch):
+    write(tmp_path, 1, 2)
+    writer, told = writer_of(tmp_path, 1, keep_last=1)
+    with monkeypatch.context() as patch:
+
+        def refuse(folder):
+            raise CheckpointError(f"{folder} cannot be read (Stale file handle)")
+
+        patch.setattr("dbdist.checkpoint_writer.step_folders", refuse)
+        writer.save(4, files(1, 4), ABOUT)
+        writer.finish(10.0)
+    assert told == []
+    assert steps_of(tmp_path, 1) == [2, 4]
+
+
 def test_folders_go_with_their_last_block(tmp_path):
     for block in range(3):
         write(tmp_path, block, 1, 2, 3, keep_last=1)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -88,24 +87,29 @@ def test_a_holder_on_another_machine_is_waited_for(tmp_path, capsys):
             assert f"process {os.getpid()} on".encode() in path.read_bytes()[:RECORD_BYTES]
 
 
-def test_nothing_stays_of_a_run_that_was_refused(tmp_path):
+def test_who_waits_while_others_come_and_go_is_the_only_one(tmp_path):
+    """No file is removed under somebody who waits for it."""
+    run_dir = tmp_path / "new/run"
     with pytest.raises(ConfigError, match="something else"):
-        with sole_trainer(tmp_path / "runs/of/mine", [0], 1.0):
+        with sole_trainer(run_dir, [0], 1.0):
             raise ConfigError("something else")
-    assert not (tmp_path / "runs").exists()
-    (tmp_path / "old").mkdir()
-    with sole_trainer(tmp_path / "old", [0], 1.0):
-        Path(tmp_path / "old" / "config.yaml").touch()
-    assert (tmp_path / "old" / "config.yaml").exists()
+    with another_job(run_dir, [1]):
+        with pytest.raises(ConfigError, match="something else"):
+            with sole_trainer(run_dir, [0], 1.0):
+                raise ConfigError("something else")
+        with pytest.raises(ConfigError, match="is in use"):
+            with sole_trainer(run_dir, [0, 1], 1.0):
+                pytest.fail("two jobs train one block")
 
 
-def test_a_folder_that_cannot_be_made_is_told_by_who_writes_there(tmp_path):
+def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path):
     (tmp_path / "file").touch()
-    with sole_trainer(tmp_path / "file" / "run", [0], 1.0):
-        pass
+    with pytest.raises(ConfigError, match="cannot be written"):
+        with sole_trainer(tmp_path / "file" / "run", [0], 1.0):
+            pytest.fail("there is no folder")
 
 
-def test_training_is_refused_before_anything_is_read_or_written(tmp_path):
+def test_training_is_refused_before_anything_is_written(tmp_path):
     run_dir = tmp_path / "run"
     config = Config(
         mode="sequential",

@@ -163,4 +163,5 @@ def _start_worker(worker_id: int) -> None:
     signal.set_wakeup_fd(-1)  # signals of this process are not the main one's
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # … with this one
     torch.set_num_threads(1)

@@ -23,6 +23,9 @@ import torch.distributed as dist
 
 AGREE_S = 5.0
 """How long rank 0 waits for the others' steps. Launchers kill a rank 30 s after its SIGTERM."""
+TOGETHER_S = 1.0
+"""Signals within this time are one: whoever signals all processes at once reaches a rank directly
+and again through its launcher."""
 GONE = "a rank is gone"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """The last is what Slurm is told to send before a time limit."""
@@ -52,15 +55,17 @@ class Stopping:
         self._is_decided = False
         self.own_fault: Stop | None = None
         """What this rank has found wrong, whatever the others stop for."""
-        self.max_apart: int | None = None
-        """Steps that a rank may have to take for a common last one; more, and each block stops by
-        itself. None: they need each other for every step."""
+        self.max_apart_s: float | None = None
+        """Time that a rank may need to a common last step; more, and each block stops by itself.
+        None: they need each other."""
         self._rank, self._world_size = 0, 1
         self._copies: Sequence[int] = [0]
         self._store: dist.Store | None = None
         self._is_told = False
         self._deadline = 0.0
         self._own_last = 0
+        self._first: tuple[int, float] | None = None
+        """Step begun first, and when."""
 
     def join(self, rank: int, world_size: int, copies: Sequence[int], store: dist.Store) -> None:
         """Makes it a matter of all ranks. copies: those that hold this rank's block."""
@@ -83,7 +88,22 @@ class Stopping:
                 if step >= (self._own_last if stop.last_step is None else stop.last_step):
                     return stop
             self.step = step + 1
+            self._first = self._first or (self.step, time.monotonic())
             return None
+
+    def wait_for_all(self) -> Stop | None:
+        """For a rank that has taken its last step and can leave without the others: waits until all
+        have. Returns why not to wait any longer: the blocks stop each by itself."""
+        if self._store is None:
+            return None
+        self._store.set(f"done/{self._rank}", "")
+        done = [f"done/{rank}" for rank in range(self._world_size)]
+        while not self._store.check(done):
+            with self._changed:
+                if self._is_decided and self._stop and self._stop.last_step is None:
+                    return self._stop
+            time.sleep(0.05)
+        return None
 
     def ask(self, reason: str, is_fault: bool = False) -> None:
         """Makes all ranks stop soon. The first reason counts."""
@@ -119,26 +139,45 @@ class Stopping:
         if not self._is_told:
             with self._changed:  # after this the main thread begins no step by itself
                 begun = self.step
-            store.set(f"begun/{self._rank}", str(begun))
+            store.set(f"begun/{self._rank}", json.dumps([begun, self._step_s()]))
             self._is_told, self._deadline = True, time.monotonic() + AGREE_S
         if self._rank == 0 and not store.check(["last"]):
-            keys = [f"begun/{rank}" for rank in range(self._world_size)]
-            if store.check(keys):
-                begun = list(map(int, store.multi_get(keys)))
-                gap = max(begun) - min(begun)
-                is_far = self.max_apart is not None and gap > self.max_apart
-                answer = f"the blocks are {gap} steps apart" if is_far else str(max(begun))
-                store.set("last", answer)
+            if begun := self._begun(range(self._world_size)):
+                store.compare_set("last", "", self._answer(begun))
             elif time.monotonic() > self._deadline:
-                store.set("last", GONE)
-        is_late = time.monotonic() > self._deadline + 1  # then rank 0 is gone
-        if is_late or store.check(["last"]):
-            last = GONE if is_late else store.get("last").decode()
-            own = [f"begun/{rank}" for rank in self._copies]
-            if not last.isdecimal() and store.check(own):  # the copies of a block go on together
-                self._own_last = max(map(int, store.multi_get(own)))
+                store.compare_set("last", "", GONE)
+        if time.monotonic() > self._deadline + 2:  # rank 0 is gone, or has just answered
+            store.compare_set("last", "", GONE)
+        if store.check(["last"]):
+            last = store.get("last").decode()
+            if not last.isdecimal() and (own := self._begun(self._copies)):
+                self._own_last = max(step for step, _ in own)  # copies of a block go on together
             with self._changed:
                 self._decide(*((int(last), None) if last.isdecimal() else (None, last)))
+
+    def _begun(self, ranks: Sequence[int]) -> list[tuple[int, float]]:
+        """(step begun last, seconds for a step) of these ranks; empty before all have told."""
+        assert self._store is not None
+        keys = [f"begun/{rank}" for rank in ranks]
+        if not self._store.check(keys):
+            return []
+        return [tuple(json.loads(told)) for told in self._store.multi_get(keys)]
+
+    def _answer(self, begun: Sequence[tuple[int, float]]) -> str:
+        """The last step, or why there is none."""
+        foremost = max(step for step, _ in begun)
+        needed_s = max((foremost - step) * step_s for step, step_s in begun)
+        if self.max_apart_s is None or needed_s <= self.max_apart_s:
+            return str(foremost)
+        gap = foremost - min(step for step, _ in begun)
+        return f"the blocks are {gap} steps apart, or {needed_s:.0f} s"
+
+    def _step_s(self) -> float:
+        """Mean time of a step."""
+        if self._first is None:
+            return 0.0
+        step, since = self._first
+        return (time.monotonic() - since) / max(1, self.step - step)
 
     def _decide(self, last_step: int | None, apart: str | None = None) -> None:
         assert self._stop is not None
@@ -159,7 +198,7 @@ class Signals:
     def __init__(self, stopping: Stopping, name: str, say: Callable[[str], None]) -> None:
         """name: of this rank. say: shows a line."""
         self._stopping, self._name, self._say = stopping, name, say
-        self._heard = 0
+        self._first_at: float | None = None
         self._here, self._there = socket.socketpair()
         self._there.setblocking(False)
         self._old_fd = signal.set_wakeup_fd(self._there.fileno())
@@ -171,7 +210,8 @@ class Signals:
         signal.set_wakeup_fd(self._old_fd)
         for number, handler in self._old.items():
             signal.signal(number, handler)
-        self._there.close()  # ends the thread
+        self._there.shutdown(socket.SHUT_RDWR)  # ends the thread, whoever else has it open
+        self._there.close()
         self._thread.join()
         self._here.close()
 
@@ -182,10 +222,18 @@ class Signals:
                     self._hear(signal.Signals(number))
 
     def _hear(self, number: signal.Signals) -> None:
-        self._heard += 1
-        if self._heard > 1:
+        now = time.monotonic()
+        if self._first_at is None:
+            self._first_at = now
+            is_new = self._stopping.asked is None
+            # Not here: the store may not answer, and the next signal has to be heard.
+            ask = threading.Thread(target=self._ask, args=(number.name,), daemon=True)
+            ask.start()
+            if is_new:
+                self._say(f"{number.name}: finishes the step and saves; again ends at once")
+        elif now - self._first_at > TOGETHER_S:
             self._say(f"{number.name} again: ends at once")
             os._exit(128 + number)
-        if self._stopping.asked is None:
-            self._say(f"{number.name}: finishes the step and saves; again ends at once")
-        self._stopping.ask(f"{number.name} on {self._name}")
+
+    def _ask(self, name: str) -> None:
+        self._stopping.ask(f"{name} on {self._name}")

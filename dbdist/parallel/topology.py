@@ -186,7 +186,8 @@ class Topology:
     def barrier(self) -> None:
         """Waits for all ranks. A sum over host memory: no GPU has to be idle for it."""
         if self.store is not None:
-            dist.all_reduce(torch.zeros(1))
+            with self.watch.waiting():
+                dist.all_reduce(torch.zeros(1))
 
     @contextmanager
     def agree(self, what: str | None = None) -> Iterator[None]:
@@ -205,9 +206,7 @@ class Topology:
             if error is not None:
                 raise error
             return
-        self.watch.at(f"{what or 'set-up'} (done)", waits=True)
-        told: list[tuple[type[UserError], str] | None] = [None] * self.world_size
-        dist.all_gather_object(told, None if error is None else (type(error), str(error)))
+        told: list[Any] = self.gather(None if error is None else (type(error), str(error)))
         self.watch.at("set-up")
         failures = {rank: failure for rank, failure in enumerate(told) if failure is not None}
         if failures:
@@ -223,14 +222,16 @@ class Topology:
         if self.store is None:
             return [value]
         values: list[object] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with self.watch.waiting():
+            dist.all_gather_object(values, value)
         return values
 
     def check_agreement(self, facts: Facts) -> None:
         """Raises TopologyError, on all ranks, where facts that several of them have differ.
         Collective."""
         if self.store is not None:
-            check_agreement(facts, self.world_size)
+            with self.watch.waiting():
+                check_agreement(facts, self.world_size)
 
     def own_group(self) -> dist.ProcessGroup:
         """The copies of this rank's block, even if it is the only one."""
@@ -296,7 +297,8 @@ def build_topology(
 ) -> Topology:
     """Joins the process group, learns every rank's node and makes every subgroup. Collective.
 
-    store: where the ranks meet; the launcher's when None. facts: what all ranks must have alike.
+    timeout_s: to meet; collectives fail after twice as long. store: where the ranks meet; the
+    launcher's when None. facts: what all ranks must have alike.
     Raises TopologyError when they have not, or when the number of processes does not fit the
     layout.
     """
@@ -311,12 +313,14 @@ def build_topology(
         _keep_to_the_loopback_interface()
     store = store or launch.store(timeout_s)
     has_nccl = device.type == "cuda" and dist.is_nccl_available()
+    # Who waits may have begun before another stood still: the watch is to speak first.
+    timeout = timedelta(seconds=2 * timeout_s)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
         store=dist.PrefixStore("group", store),
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timeout,
     )
     if facts is not None:
         check_agreement(facts, launch.world_size)  # first: else ranks may go different ways
@@ -326,12 +330,12 @@ def build_topology(
     layout = replace(layout, nodes=tuple(nodes))
     uses_nccl = _every_rank_has_its_own_gpu(device if has_nccl else None, launch.world_size)
     backend = None if uses_nccl else "gloo"
-    p2p_group = _group(list(range(launch.world_size)), launch.rank, backend)
+    p2p_group = _group(list(range(launch.world_size)), launch.rank, backend, timeout)
     replica_group = None
     if layout.num_replicas > 1:
         # Every rank makes every group, in the same order.
         for block in range(layout.num_blocks):
-            group = _group(layout.replicas(block), launch.rank, backend)
+            group = _group(layout.replicas(block), launch.rank, backend, timeout)
             replica_group = group or replica_group
     return Topology(
         layout,
@@ -363,7 +367,9 @@ def _every_rank_has_its_own_gpu(device: torch.device | None, world_size: int) ->
     return None not in gpus and len(set(gpus)) == world_size
 
 
-def _group(ranks: list[int], rank: int, backend: str | None) -> dist.ProcessGroup | None:
+def _group(
+    ranks: list[int], rank: int, backend: str | None, timeout: timedelta
+) -> dist.ProcessGroup | None:
     """A process group of these ranks, None on others; every rank makes it. Collective."""
-    group = dist.new_group(ranks, backend=backend)
+    group = dist.new_group(ranks, timeout=timeout, backend=backend)
     return group if rank in ranks and isinstance(group, dist.ProcessGroup) else None

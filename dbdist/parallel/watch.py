@@ -4,15 +4,15 @@ Each rank leaves signs of life in the launcher's store, with the step and phase 
 looks after all others, they look after rank 0. A rank that gives no sign, or stands still though it
 waits for nobody, for almost `parallel.timeout_s` is named by every other one; then they end. Its
 thread also carries the agreement on stopping (`stopping`). Who was named does not outlive them on
-their machine.
+their machine, unless it is the one that holds the store.
 """
 
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
@@ -38,7 +38,7 @@ class Place:
     step: int
     """That it is taking, or has taken last, from 1."""
     for_s: float = 0.0
-    """Since when, at the sign of life."""
+    """How long so far, at the sign of life."""
     beat: int = 0
     """Number of the sign of life."""
 
@@ -86,7 +86,6 @@ class Watch:
         self.stopping.join(rank, len(names), copies, own)
         self._beat_s = min(BEAT_S, timeout_s / 20)
         self._limit_s = timeout_s - 5 * self._beat_s
-        """Before the time is over at which the others' collectives fail."""
         self._launcher = os.getppid()
         self._tell()
         self._thread = threading.Thread(target=self._run, name="dbdist-watch", daemon=True)
@@ -97,6 +96,14 @@ class Watch:
     def at(self, phase: str, waits: bool = False) -> None:
         """Says where this rank is; said again, it is a sign of progress. waits: for others."""
         self._phase, self._waits, self._since = phase, waits, time.monotonic()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a collective, in whatever phase."""
+        phase, waits = self._phase, self._waits
+        self.at(f"{phase} (done)", waits=True)
+        yield
+        self.at(phase, waits)
 
     def close(self, end: str = "finished") -> None:
         """end: how this rank leaves, for those who miss it."""

@@ -17,12 +17,12 @@ from test_torchrun import ROOT, assert_refused
 from dbdist import merge
 from dbdist.checkpoint import SHARED, complete_folders, find_checkpoint, newest_steps, split_private
 from dbdist.cli import parse_config
-from dbdist.errors import UserError
+from dbdist.errors import ConfigError, UserError
 from dbdist.evaluate import evaluate_run
 from dbdist.parallel.topology import Layout, Topology
 from dbdist.parts import blocks_in
 from dbdist.run_dir import read_config
-from dbdist.train import train
+from dbdist.train import check_not_ahead, train
 from dbdist.trainer import layout_of
 
 TINY = ["--config", "configs/digits.yaml", "--model.num_layers", "3", "--train.max_steps", "12"]
@@ -263,7 +263,7 @@ def test_a_joint_run_goes_on_where_all_blocks_are_and_tells_of_those_ahead(
     told = ranks.run(3, train_rank, options_of(tmp_path / "run", steps=8))[0]
     assert "continuing from step 6" in told
     assert "block 1 has step 10, but all blocks start from step 6" in told
-    assert "--parallel.blocks [0, 2]" in told
+    assert "--parallel.blocks [0,2] would train" in told
     assert newest_steps(tmp_path / "run", 3) == [8, 10, 8], "what is ahead stays"
     assert complete_steps(tmp_path / "run") == [6, 8]
 
@@ -286,6 +286,31 @@ def test_every_goes_on_from_parts_with_the_mean_of_the_blocks(ranks, tmp_path, j
     assert "outer momentum starts at zero" in told
     anchor = find_checkpoint(run, 9).tensors(SHARED)[name]  # step 9 averages nothing
     torch.testing.assert_close(anchor, sum(c[name] for c in copies) / 3, rtol=0, atol=1e-7)
+
+
+def test_every_does_not_replace_what_blocks_did_by_themselves(ranks, tmp_path, jointly):
+    """Blocks 0 and 1 alone from 6 to 8, beyond block 2."""
+    folder, every = jointly
+    run = shutil.copytree(folder / "every", tmp_path / "run")
+    for block in range(2):
+        options = options_of(run, *every, sync="every", steps=8)
+        ranks.run(1, train_rank, [*options, f"parallel.blocks={block}"])
+    before = sorted(path.name for path in run.rglob("block-*"))
+    config = config_of(*options_of(run, *every, sync="every", steps=9))
+    checkpoint = find_checkpoint(run)
+    with pytest.raises(ConfigError) as caught:
+        check_not_ahead(config, checkpoint, ())
+    assert str(caught.value) == (
+        f"{run} has blocks that were trained by themselves, block 0 to step 8, block 1 to step 8, "
+        "beyond step 6, the newest that all have; bring the others there first "
+        "(--parallel.blocks 2 --train.max_steps 8), or give another run_dir"
+    )
+    with pytest.raises(AssertionError, match="block 0 to step 8, block 1 to step 8, beyond step 6"):
+        ranks.run(3, train_rank, options_of(run, *every, sync="every", steps=9))
+    assert sorted(path.name for path in run.rglob("block-*")) == before
+    ahead = [run / "checkpoints/step-00000008"]
+    check_not_ahead(config, checkpoint, ahead)  # as it will be set aside
+    check_not_ahead(config_of(*options_of(run, sync="never")), checkpoint, ())
 
 
 def test_blocks_of_other_configurations_and_numbers_of_ranks_are_refused(tmp_path, jointly):

@@ -1,5 +1,6 @@
 """Agreement on the last step, between threads that play ranks over one real store."""
 
+import os
 import random
 import signal
 import subprocess
@@ -85,12 +86,13 @@ def test_without_one_rank_the_others_stop_where_they_are(store, gone, monkeypatc
         assert player.stop.last_step is None
 
 
-def test_blocks_that_are_too_far_apart_stop_each_by_itself_and_copies_together(store):
+def test_blocks_that_are_too_far_apart_stop_each_by_itself_and_copies_together(store, monkeypatch):
     """Ranks 0 and 1 are copies, and are told at different times; rank 2 is far behind."""
     players = [Stopping() for _ in range(3)]
     for rank, player in enumerate(players):
         player.join(rank, 3, [[0, 1], [0, 1], [2]][rank], store.clone())
-        player.max_apart = 10
+        player.max_apart_s = 15.0
+        monkeypatch.setattr(player, "_step_s", lambda: 0.5)  # 36 steps of the last rank are 18 s
         assert player.may_begin([40, 41, 5][rank]) is None
     players[2].ask("a signal")
     for _ in range(3):
@@ -100,7 +102,56 @@ def test_blocks_that_are_too_far_apart_stop_each_by_itself_and_copies_together(s
     for player, step in zip(players, (42, 42, 6), strict=True):
         stop = player.may_begin(step)
         assert stop is not None
-        assert (stop.last_step, stop.apart) == (None, "the blocks are 36 steps apart")
+        assert (stop.last_step, stop.apart) == (None, "the blocks are 36 steps apart, or 18 s")
+
+
+@pytest.mark.parametrize("is_far", [False, True])
+def test_who_has_finished_waits_for_all_unless_they_stop_by_themselves(store, is_far):
+    """Rank 0 has taken all of its 50 steps, rank 1 takes its last ten now."""
+    first, second = Stopping(), Stopping()
+    for rank, player in enumerate((first, second)):
+        player.join(rank, 2, [rank], store.clone())
+        player.max_apart_s = 0.0 if is_far else 15.0
+        player.may_begin([49, 39][rank])
+    answers = []
+    waiting = threading.Thread(target=lambda: answers.append(first.wait_for_all()))
+    waiting.start()
+    time.sleep(0.05)
+    second.ask("a signal")
+    for _ in range(3):
+        for player in (first, second):
+            player.attend()
+    steps = [step for step in range(40, 50) if second.may_begin(step) is None]
+    if is_far:
+        assert not steps
+    else:
+        assert steps == list(range(40, 50)), "up to the last, which is the common one"
+        assert waiting.is_alive()
+        assert second.wait_for_all() is None
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert [stop and stop.reason for stop in answers] == ["a signal" if is_far else None]
+
+
+def test_who_is_late_takes_the_answer_that_is_there(store, monkeypatch):
+    """And who finds none makes it everybody's that a rank is gone."""
+    monkeypatch.setattr(module, "AGREE_S", 0.2)
+    for trial in ("answered", "not answered"):
+        own = dist.PrefixStore(trial, store)
+        players = [Stopping(), Stopping()]
+        for rank, player in enumerate(players):
+            player.join(rank, 2, [rank], own.clone())
+            assert player.may_begin(6 + rank) is None
+        players[0].ask("a signal")
+        players[1].attend()
+        if trial == "answered":
+            players[0].attend()
+        monkeypatch.setattr(players[1], "_deadline", 0.0)
+        players[1].attend()
+        players[0].attend()
+        stops = [player.may_begin(8) for player in players]
+        assert stops[0] == stops[1]
+        assert stops[0].last_step == (8 if trial == "answered" else None)
 
 
 def test_a_fault_after_a_signal_is_kept():
@@ -124,27 +175,61 @@ def test_one_process_ends_after_the_step_it_has_begun():
 
 
 LISTENING = f"""
-import sys, time
+import os, sys, time
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from dbdist.cli import say
 from dbdist.parallel.stopping import Signals, Stopping
-stopping = Stopping()
-stopping.may_begin(0)
-signals = Signals(stopping, "rank 0", lambda text: print(text, flush=True))
-print("ready", flush=True)
-time.sleep(60)
+
+class Hanging(Stopping):  # as with a store that does not answer
+    def ask(self, reason, is_fault=False):
+        print(reason, flush=True)
+        time.sleep(60)
+
+if "no terminal" in sys.argv:
+    read, write = os.pipe()
+    os.dup2(write, 2)
+    os.close(read)
+signals = Signals(Hanging(), "rank 0", lambda text: say("test", text))
+worker = os.fork()  # as data loading does
+if worker and "close" in sys.argv:
+    signals.close()
+    os.kill(worker, 9)
+elif worker:
+    print("ready", worker, flush=True)
+time.sleep(0 if "close" in sys.argv and worker else 60)
 """
 
 
-def test_the_first_signal_asks_and_the_second_ends():
-    words = [sys.executable, "-c", LISTENING]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGUSR1)
-    line = process.stdout.readline()
-    assert line == "SIGUSR1: finishes the step and saves; again ends at once\n"
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline() == "SIGTERM again: ends at once\n"
-    assert process.wait(5) == 128 + signal.SIGTERM
-    process.stdout.close()
+def listening(*options):
+    words = [sys.executable, "-c", LISTENING, *options]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("options", [(), ("no terminal",)])
+def test_the_first_signal_asks_and_the_second_ends(options):
+    """Though the store does not answer, and nobody reads what is told."""
+    with listening(*options) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        ready, worker = process.stdout.readline().split()
+        assert ready == "ready"
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)  # from whoever signals all processes at once
+        assert process.stdout.readline() == "SIGUSR1 on rank 0\n"
+        time.sleep(1.2)
+        assert process.poll() is None, "it was one request"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 128 + signal.SIGTERM
+        os.kill(int(worker), signal.SIGKILL)
+        told = process.stderr.read().splitlines()
+        if not options:
+            assert told == [
+                "test: SIGUSR1: finishes the step and saves; again ends at once",
+                "test: SIGTERM again: ends at once",
+            ]
+
+
+def test_a_worker_that_lives_on_holds_nobody():
+    with listening("close") as process:
+        assert process.wait(20) == 0
