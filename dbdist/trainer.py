@@ -343,7 +343,7 @@ class Trainer:
                 self._after_step(self.step, is_stop=True)
             self._finish_saving()
         elif is_new and self._is_sound and self._has_own_part:
-            told = self._save_alone()
+            told = self._save_alone(stop)
         elif not stop.is_fault and stop.apart != GONE:
             self.writer.stay_alone()
             self.writer.finish(self.config.parallel.timeout_s)
@@ -352,13 +352,16 @@ class Trainer:
         if stop.last_step is None and stop.apart == GONE:
             raise Fault(f"{stop.reason}, but {GONE}{told or '; nothing new is saved'}")
 
-    def _save_alone(self) -> str:
-        """Saves this rank's block without the others; what to say of it."""
+    def _save_alone(self, stop: Stop) -> str:
+        """Saves this rank's block without the others; what to say of it. Raises CheckpointError
+        where there is nothing worse to tell."""
         self.topology.watch.at("saving")
         self.writer.save(self.step, files_of(self.state), self._about(self.step), is_alone=True)
         try:
             self.writer.finish(self.config.parallel.timeout_s)
-        except CheckpointError as error:  # what the stop is for comes first
+        except CheckpointError as error:
+            if not stop.is_fault and stop.apart != GONE:
+                raise
             return f"; {error}"
         return f"; blocks {own_blocks(self.config, self.topology)} saved step {self.step}"
 
@@ -389,6 +392,7 @@ class Trainer:
             self.topology.watch.at("waiting for the others", waits=True)
             self.stop = self.topology.watch.stopping.wait_for_all()
             if self.stop is not None:
+                self.records.post(step, scalars, with_histograms=True)
                 self._save_and_stop(self.stop)
                 return None
             self._stop_for_any_fault()

@@ -5,6 +5,7 @@ rank that hangs or
 dies costs its own test alone: the pool ends its processes and starts new ones.
 """
 
+import gc
 import multiprocessing as mp
 import sys
 import tempfile
@@ -102,6 +103,7 @@ def _serve(pipe: Connection) -> None:
             answer = False, traceback.format_exc()
         if dist.is_initialized():
             dist.destroy_process_group()
+        gc.collect()  # trainers are cycles that keep gloo's threads
         sys.stdout.flush()
         pipe.send(answer)
 

@@ -96,13 +96,13 @@ class Stopping:
         have. Returns why not to wait any longer: the blocks stop each by itself."""
         if self._store is None:
             return None
-        self._store.set(f"done/{self._rank}", "")
-        done = [f"done/{rank}" for rank in range(self._world_size)]
-        while not self._store.check(done):
+        num_done = self._store.add("done", 1)
+        while num_done < self._world_size:
             with self._changed:
                 if self._is_decided and self._stop and self._stop.last_step is None:
                     return self._stop
-            time.sleep(0.05)
+            time.sleep(0.1)
+            num_done = self._store.add("done", 0)
         return None
 
     def ask(self, reason: str, is_fault: bool = False) -> None:

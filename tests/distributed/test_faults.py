@@ -17,7 +17,7 @@ from machine import (
 )
 
 from dbdist.bench.processes import listeners, listeners_of
-from dbdist.checkpoint import complete_folders, find_checkpoint
+from dbdist.checkpoint import complete_folders, find_checkpoint, newest_steps
 
 TWO = """--config configs/digits.yaml --model.num_blocks 2 --model.num_layers 2 --train.log_every 5
     --checkpoint.every_steps 5 --checkpoint.keep_last 1000""".split()
@@ -98,6 +98,27 @@ def test_a_run_that_was_stopped_by_a_signal_goes_on_to_the_same_bits(machine):
 def test_blocks_that_never_wait_for_each_other_stop_after_the_same_step_too(machine):
     words = (*ENDLESS, "--parallel.sync", "never", "--data.num_workers", 1)
     stop_by_signal(machine, machine.folder / "never", *words)
+
+
+@pytest.mark.slow
+def test_a_block_that_has_finished_stops_with_one_that_is_far_behind(machine):
+    """The others would need longer to its last step than launchers wait: each saves what it has."""
+    run_dir, last = machine.folder / "finished", 500
+    words = (*TWO, "--parallel.sync", "never", "--train.max_steps", last, "--run_dir", run_dir)
+    uneven = ("--model.num_layers", 9, "--model.layers_per_block", "[1,8]")
+    agent = torchrun(machine, 2, *words, *uneven)
+    deadline = time.monotonic() + 120
+    while not (run_dir / f"checkpoints/step-{last:08d}/block-0.part.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(os.getpgid(pid_of(machine, 0)), signal.SIGTERM)
+    (code,), printed = wait_all(machine, [agent])
+    assert code == 0, printed
+    assert f"stopped at step {last} (SIGTERM on rank 0 (block 0)); to continue: torchrun" in printed
+    assert "warning" not in printed
+    first, second = newest_steps(run_dir, 2)
+    assert first == last
+    assert 0 < second < last - 50
 
 
 def test_one_process_saves_and_ends_with_0_and_says_how_to_continue(machine):
