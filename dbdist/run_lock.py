@@ -66,7 +66,8 @@ def _lock(run_dir: Path, descriptor: int, block: int, start: float, timeout_s: f
         waited_s = time.monotonic() - start
         if not is_here and not has_told and waited_s > 0.5:  # by then it has signed
             told = f"waits up to {patience_s:.0f} s for {holder}, which trains block {block}"
-            print(f"warning: {run_dir}: {told} there", file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(f"warning: {run_dir}: {told} there", file=sys.stderr, flush=True)
             has_told = True
         if waited_s > patience_s:
             raise ConfigError(

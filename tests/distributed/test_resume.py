@@ -126,7 +126,7 @@ def _train_to(ranks, run_dir, steps, more):
 def test_the_files_of_a_run_are_the_documented_ones(ranks, tmp_path):
     more = ("checkpoint.every_steps=2", "checkpoint.keep_last=2", "eval.every_steps=5")
     ranks.run(3, train_run, run_options(tmp_path, 10, *more))
-    top = {p.name for p in tmp_path.iterdir()}
+    top = {p.name for p in tmp_path.iterdir()} - {".lock"}
     assert top == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "evaluation.json"}
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "step-00000008",
