@@ -3,17 +3,17 @@
 
 from typing import TYPE_CHECKING
 
+from dbdist.version import __version__
+
 if TYPE_CHECKING:
-    from dbdist.inference import load
+    from dbdist.inference.exported import load
 
-__version__ = "0.1.0"
-
-__all__ = ["load"]
+__all__ = ["__version__", "load"]
 
 
 def __getattr__(name: str) -> object:
     if name == "load":  # torch is imported when a model is, not with the package
-        from dbdist.inference import load
+        from dbdist.inference.exported import load
 
         return load
     raise AttributeError(f"module 'dbdist' has no attribute {name!r}")

@@ -3,14 +3,17 @@
 Weights are made empty when a checkpoint will fill them (seed None). Does not communicate.
 """
 
+from dataclasses import asdict
+from typing import Any
+
 import torch
 from torch import nn
 
-from dbdist.config import Config
+from dbdist import build
+from dbdist.config.config import Config
 from dbdist.data import DatasetSpec
-from dbdist.denoiser import Denoiser
 from dbdist.models import vit
-from dbdist.sampler import Sampler
+from dbdist.models.denoiser import Denoiser
 from dbdist.tasks.classification import DenoisingLoss, EndToEndLoss
 
 
@@ -69,13 +72,17 @@ def build_objective(config: Config, model: Denoiser | vit.PlainViT) -> Denoising
     return EndToEndLoss(model)
 
 
-def build_sampler(config: Config) -> Sampler:
-    s = config.sampler
-    return Sampler(
-        config.noise_schedule(),
-        config.sampler_steps,
-        s.start,
-        s.sigma_start,
-        s.num_draws,
-        s.guidance_scale,
-    )
+def describe_model(config: Config, spec: DatasetSpec) -> dict[str, Any]:
+    """What a checkpoint must agree with: sizes, cut and partition of the model."""
+    schedule = None if config.mode == "end_to_end" else config.noise_schedule()
+    sizes = asdict(build.architecture(config, spec))
+    for key in ("dropout", "attention_dropout", "init"):
+        del sizes[key]
+    return {
+        "mode": "end_to_end" if schedule is None else "blocks",
+        "architecture": sizes,
+        "layers_per_block": [len(layers) for layers in config.layers_of_block],
+        "boundaries": schedule.boundaries.tolist() if schedule else None,
+        "noise": asdict(schedule) if schedule else None,
+        "data": spec.name,
+    }

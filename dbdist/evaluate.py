@@ -4,31 +4,16 @@ As many processes as blocks (or a multiple: replicas share the images), or one p
 holds one block at a time.
 """
 
-import dataclasses
 import sys
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from dbdist import build
-from dbdist.checkpoint import Checkpoint
-from dbdist.cli import guarded, parse_config, say
-from dbdist.config import Config
-from dbdist.data import dataset_spec, load_dataset, prepare
-from dbdist.errors import CheckpointError, ConfigError, TopologyError
-from dbdist.evaluation import Evaluation, Model, check_test_set, evaluate
-from dbdist.fallback import choose
+from dbdist.commands.command_line import guarded, say, without_local_rank
+from dbdist.inference.of_run import evaluate_run, layout_for_evaluation
 from dbdist.parallel.launch import Launch
-from dbdist.parallel.topology import Layout, Topology
-from dbdist.rank_state import describe_model
-from dbdist.restore import files_of_block, load_block
-from dbdist.run_dir import read_config, write_evaluation
-from dbdist.session import facts_of, joined
+from dbdist.parallel.session import facts_of, joined
+from dbdist.run.folder import config_of_run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str]) -> None:
+    argv = without_local_rank(argv)
     config = config_of_run("dbdist evaluate", __doc__ or "", argv)
 
     launch = Launch.from_environment()
@@ -43,100 +29,6 @@ def run(argv: list[str]) -> None:
     tell = partial(say, "dbdist evaluate")
     with joined(config, layout, launch, facts_of(config), tell) as topology:
         evaluate_run(config, topology)
-
-
-def config_of_run(prog: str, description: str, argv: list[str]) -> Config:
-    """RUN/config.yaml with the command line's changes. Raises ConfigError where there is no run."""
-    run_dir = parse_config(prog, description, argv).run_dir
-    if read_config(Path(run_dir)) is None:
-        raise ConfigError(
-            f"{run_dir} holds no run (config.yaml is missing); give --run_dir of a trained one"
-        )
-    own = ["--config", str(Path(run_dir) / "config.yaml")]
-    config = parse_config(prog, description, argv, first=own)
-    return dataclasses.replace(config, run_dir=run_dir).validate()
-
-
-def layout_for_evaluation(config: Config, world_size: int) -> Layout:
-    """One process holds everything; otherwise as many chains as fit. Raises TopologyError."""
-    if config.mode == "end_to_end" or world_size == 1:
-        return Layout(1, world_size)
-    whole, rest = divmod(world_size, config.num_blocks)
-    if rest == 0:
-        return Layout(config.num_blocks, whole)
-    if rest == 1 and whole > 0 and config.parallel.coordinator == "dedicated":
-        return Layout(config.num_blocks, whole, "dedicated")
-    raise TopologyError(
-        f"{world_size} processes cannot form chains of {config.num_blocks} blocks; "
-        f"start 1, {config.num_blocks} or a multiple of {config.num_blocks}"
-    )
-
-
-def evaluate_run(config: Config, topology: Topology) -> Evaluation:
-    """Evaluates a run's checkpoint, writes RUN/evaluation.json and prints it. Collective."""
-    run_dir = Path(config.run_dir)
-    with topology.agree("reading the dataset's folder"):
-        model = describe_model(config, dataset_spec(config.data))
-    checkpoint = checkpoint_of_run(config, topology, model)
-    with topology.agree():
-        if topology.local_rank == 0:
-            prepare(config.data)
-    with topology.agree("loading the data"):
-        test_set = load_dataset(config.data, "test")
-        check_test_set(config, test_set)
-    own: dict[int, Model] = {}
-    with topology.agree("reading the checkpoint"):
-        sizes = build.architecture(config, test_set.spec)
-
-        def load(block: int) -> Model:
-            return load_block(config, sizes, checkpoint, block, topology.device)
-
-        if topology.world_size > 1 and topology.block is not None:
-            own[topology.block] = load(topology.block)
-        elif topology.world_size == 1:  # they are loaded in turn: look at all files before
-            for block in range(config.num_blocks):
-                load(block)
-    evaluation = evaluate(
-        config, topology, test_set, own.__getitem__ if own else load, checkpoint.step
-    )
-    if topology.is_coordinator:
-        write_evaluation(run_dir, evaluation)
-        report(run_dir, evaluation)
-    return evaluation
-
-
-def checkpoint_of_run(config: Config, topology: Topology, model: Mapping[str, Any]) -> Checkpoint:
-    """`eval.step`, or the newest (with `checkpoint.fallback` the newest intact); what this rank
-    needs of it is intact. model: what it must agree with. Collective. Raises CheckpointError."""
-    run_dir = Path(config.run_dir)
-    blocks = range(config.num_blocks)
-    if topology.world_size > 1:
-        blocks = () if topology.block is None else (topology.block,)
-    choice = choose(
-        run_dir,
-        topology,
-        model,
-        lambda checkpoint: [f for b in blocks for f in files_of_block(config, checkpoint, b)],
-        fallback=config.checkpoint.fallback,
-        step=config.eval.step,
-    )
-    if choice is None:
-        raise CheckpointError(f"{run_dir} has no complete checkpoint; train it first")
-    return choice.checkpoint
-
-
-def report(run_dir: Path, evaluation: Evaluation) -> None:
-    """The result on the terminal."""
-    table = Table(
-        title=f"Evaluation at step {evaluation.step}", title_justify="left", show_header=False
-    )
-    after = "  ".join(f"{b}: {a:.4f}" for b, a in enumerate(evaluation.accuracy_after_block))
-    table.add_row("accuracy", f"{evaluation.accuracy:.4f}")
-    table.add_row("accuracy after block", after)
-    table.add_row("samples", f"{evaluation.num_samples} ({evaluation.samples_per_s:.0f}/s)")
-    table.add_row("processes", str(evaluation.world_size))
-    table.add_row("file", str(run_dir / "evaluation.json"))
-    Console(width=None if sys.stdout.isatty() else 120).print(table, highlight=False)
 
 
 if __name__ == "__main__":

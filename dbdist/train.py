@@ -2,43 +2,16 @@
 off."""
 
 import sys
-import time
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from dbdist import build
-from dbdist.checkpoint import (
-    SHARED,
-    Checkpoint,
-    block_file,
-    find_checkpoint,
-    newest_steps,
-    step_folders,
-    step_of,
-)
-from dbdist.cli import guarded, parse_config, say
-from dbdist.config import Config
-from dbdist.data import dataset_spec, load_dataset, prepare
-from dbdist.errors import CheckpointError, ConfigError
-from dbdist.evaluation import Evaluation
-from dbdist.fallback import choose, set_aside
-from dbdist.monitor import Monitor, peak_memory_mb
+from dbdist.commands.command_line import guarded, say, without_local_rank
+from dbdist.config.parse import parse_config
 from dbdist.parallel.launch import Launch
-from dbdist.parallel.topology import Topology
-from dbdist.parts import alone_in
-from dbdist.rank_state import describe_model, own_blocks
-from dbdist.run_dir import check_run_dir, claim, write_evaluation
-from dbdist.run_lock import sole_trainer
-from dbdist.session import facts_of, hearing_signals, joined
-from dbdist.state_files import files_to_restore
-from dbdist.trainer import Trainer, layout_of
-
-GRACE_S = 20.0
-"""Launchers kill a rank 30 s after its SIGTERM."""
+from dbdist.parallel.layout import layout_of
+from dbdist.parallel.session import facts_of, joined
+from dbdist.training.setup import train
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,190 +19,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str]) -> None:
-    config = parse_config("dbdist train", __doc__ or "", argv).validate()
+    config = parse_config("dbdist train", __doc__ or "", without_local_rank(argv)).validate()
 
     launch = Launch.from_environment()
     layout = layout_of(config, launch.world_size)
     if config.parallel.replica_engine == "deepspeed":
-        from dbdist.parallel import zero
+        from dbdist.parallel.engines.zero_settings import settings
 
-        zero.settings(config, layout.num_replicas)  # raises before anybody is waited for
+        settings(config, layout.num_replicas)  # raises before anybody is waited for
     tell = partial(say, "dbdist train")
     with joined(config, layout, launch, facts_of(config), tell, config.trained_blocks) as topology:
         train(config, topology, tell)
-
-
-def train(
-    config: Config, topology: Topology, tell: Callable[[str], None] | None = None
-) -> Evaluation | None:
-    """Sets a run up on this rank and trains it; None if it was asked to stop, or has only some
-    blocks of the model. Collective.
-
-    tell: shows a line, from any thread; None: signals are not heard.
-    """
-    grace_s = GRACE_S if config.parallel.sync != "step" else 0.0
-    with hearing_signals(topology, tell, grace_s), ExitStack() as held:
-        return _train(config, topology, held)
-
-
-def _train(config: Config, topology: Topology, held: ExitStack) -> Evaluation | None:
-    """held: to hold this rank's blocks until the end."""
-    start = time.perf_counter()
-    run_dir = Path(config.run_dir)
-    with topology.agree("opening the run directory"):  # first: it takes no time
-        check_run_dir(config)
-    with topology.agree("reading the dataset's folder"):
-        spec = dataset_spec(config.data)
-        model = describe_model(config, spec)
-    choice = choose(
-        run_dir,
-        topology,
-        model,
-        partial(needed_files, config, topology),
-        fallback=config.checkpoint.fallback,
-        is_training=True,
-        blocks=config.trained_blocks,
-    )
-    checkpoint = choice and choice.checkpoint
-    with topology.agree():
-        if topology.local_rank == 0:
-            prepare(config.data)
-    with topology.agree("loading the data"):
-        train_set, test_set = load_dataset(config.data, "train"), load_dataset(config.data, "test")
-    with topology.agree("comparing the data"):
-        data = {"the training set": train_set.digest(), "the test set": test_set.digest()}
-        topology.check_agreement(data)
-    with topology.agree():
-        build.architecture(config, spec)  # raises before anything is written
-    with topology.agree("taking the run directory"):
-        blocks = own_blocks(config, topology) if topology.replica == 0 else []
-        held.enter_context(sole_trainer(run_dir, blocks, config.parallel.timeout_s / 2))
-    with topology.agree():
-        if topology.is_coordinator:
-            check_not_ahead(config, checkpoint, choice.damaged if choice else ())
-            claim(config, len(train_set), checkpoint and checkpoint.step)
-            set_aside(choice.damaged if choice else (), config.trained_blocks)
-    with topology.agree("building the model"):
-        trainer = Trainer(config, topology, train_set, test_set, checkpoint)
-    with topology.agree("comparing the parameters"):
-        topology.check_agreement(trainer.state.describe_parameters())
-    rows = topology.gather(trainer.state.ownership())
-    monitor = None
-    with topology.agree():
-        if topology.is_coordinator:
-            monitor = open_monitor(config, topology, trainer)
-    if monitor is not None:
-        monitor.ownership(rows)  # type: ignore[arg-type]
-        if checkpoint is not None:
-            monitor.message(f"continuing from step {checkpoint.step} ({checkpoint.path})")
-        tell_of_parts(config, checkpoint, monitor)
-    try:
-        evaluation = trainer.fit(monitor)
-        if trainer.stop is not None:
-            if monitor is not None:
-                stopped = f"stopped at step {trainer.step} ({trainer.stop.reason})"
-                monitor.message(f"{stopped}; to continue: {Launch.command('dbdist.train')}")
-            return None
-        peaks = topology.gather(peak_memory_mb(topology.device))
-        elapsed_s, peak_mb = time.perf_counter() - start, dict(enumerate(peaks))
-        if monitor is not None and evaluation is None:
-            steps, complete = newest_steps(run_dir, config.num_blocks), None
-            try:
-                complete = find_checkpoint(run_dir)
-            except CheckpointError as error:  # another block's affair
-                monitor.warn(str(error))
-            monitor.summary_of_blocks(steps, complete and complete.step, elapsed_s, peak_mb)  # type: ignore[arg-type]
-        elif monitor is not None and evaluation is not None:
-            write_evaluation(run_dir, evaluation)
-            monitor.summary(
-                evaluation.accuracy,
-                evaluation.accuracy_after_block,
-                elapsed_s,
-                peak_mb,  # type: ignore[arg-type]
-            )
-    finally:
-        if monitor is not None:
-            monitor.close()
-    return evaluation
-
-
-def needed_files(config: Config, topology: Topology, checkpoint: Checkpoint) -> list[str]:
-    """The files that this rank will read of a checkpoint that it continues."""
-    blocks, has_common = own_blocks(config, topology), checkpoint.has(SHARED)
-    files = files_to_restore(config, topology, blocks, has_common=has_common)
-    is_averaged = config.parallel.sync == "every" and config.trained_blocks is None
-    if is_averaged and not has_common and topology.is_coordinator:  # it makes a mean of them
-        files += [block_file(b) for b in range(config.num_blocks) if b not in blocks]
-    return files
-
-
-def open_monitor(config: Config, topology: Topology, trainer: Trainer) -> Monitor:
-    """Raises ConfigError where its files cannot be written."""
-    try:
-        return Monitor(
-            Path(config.run_dir),
-            trainer.schedule,
-            config.num_blocks,
-            set(range(topology.world_size)),
-            trainer.start_step,
-            trainer.max_steps,
-            blocks=config.trained_blocks,
-        )
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir {config.run_dir} cannot be written ({error.strerror})"
-        ) from None
-
-
-def check_not_ahead(
-    config: Config, checkpoint: Checkpoint | None, damaged: Collection[Path]
-) -> None:
-    """Raises ConfigError where blocks have trained by themselves beyond the step from which a joint
-    run of `sync: every` would start: it would replace what they did. (With `never` it would come to
-    the same.) damaged: folders that do not count."""
-    p, start = config.parallel, checkpoint.step if checkpoint else 0
-    if config.trained_blocks is not None or p.sync != "every" or config.mode != "block_parallel":
-        return
-    ahead: dict[int, int] = {}
-    for path in sorted(step_folders(Path(config.run_dir) / "checkpoints"), key=step_of):
-        if step_of(path) > start and path not in damaged:
-            ahead |= dict.fromkeys(alone_in(path), step_of(path))
-    if ahead:
-        last = max(ahead.values())
-        behind = [b for b in range(config.num_blocks) if ahead.get(b, start) < last]
-        told = ", ".join(f"block {block} to step {step}" for block, step in sorted(ahead.items()))
-        raise ConfigError(
-            f"{config.run_dir} has blocks that were trained by themselves, {told}, beyond step "
-            f"{start}, the newest that all have; bring the others there first "
-            f"({_blocks_option(behind)} --train.max_steps {last}), or give another run_dir"
-        )
-
-
-def _blocks_option(blocks: list[int]) -> str:
-    """As it is typed."""
-    text = str(blocks[0]) if len(blocks) == 1 else f"[{','.join(map(str, blocks))}]"
-    return f"--parallel.blocks {text}"
-
-
-def tell_of_parts(config: Config, checkpoint: Checkpoint | None, monitor: Monitor) -> None:
-    """Warns of what blocks that were trained by themselves leave undone or behind."""
-    if config.trained_blocks is not None or config.parallel.sync == "step":
-        return
-    if checkpoint is not None and config.parallel.sync == "every" and not checkpoint.has(SHARED):
-        momentum = ", an outer momentum starts at zero" * (config.parallel.outer_momentum > 0)
-        monitor.warn(
-            f"{checkpoint.path} was saved block by block: the common parameters are the mean of "
-            f"the blocks' own{momentum}"
-        )
-    start = checkpoint.step if checkpoint else 0
-    steps = [step or 0 for step in newest_steps(Path(config.run_dir), config.num_blocks)]
-    if max(steps) > start and min(steps) < max(steps):
-        ahead = ", ".join(f"block {b} has step {s}" for b, s in enumerate(steps) if s > start)
-        behind = [block for block, step in enumerate(steps) if step < max(steps)]
-        monitor.warn(
-            f"{ahead}, but all blocks start from step {start}, the newest they have in common; "
-            f"{_blocks_option(behind)} would train what is behind alone"
-        )
 
 
 if __name__ == "__main__":

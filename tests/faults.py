@@ -15,11 +15,14 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from dbdist import record_files, run_dir, snapshot, trainer
-from dbdist.checkpoint_writer import CheckpointWriter
+from dbdist.checkpoint import snapshot
+from dbdist.checkpoint.writer import CheckpointWriter
+from dbdist.monitor import record_files
 from dbdist.parallel.launch import Launch
 from dbdist.parallel.mailbox import Mailbox
+from dbdist.run import folder as run_dir
 from dbdist.train import main
+from dbdist.training import trainer
 
 MOMENTS = {
     # On any rank:

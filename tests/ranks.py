@@ -19,9 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dbdist.config import Config
+from dbdist.config.config import Config
 from dbdist.parallel.launch import Launch
-from dbdist.parallel.topology import Layout, Topology, build_topology
+from dbdist.parallel.layout import Layout
+from dbdist.parallel.topology import Topology, build_topology
 
 
 class Rank:
@@ -110,7 +111,7 @@ def _serve(pipe: Connection) -> None:
 
 def config_of(*options: str) -> Config:
     """A tiny model on digits, changed by `key=value` options."""
-    from dbdist.cli import parse_config
+    from dbdist.config.parse import parse_config
 
     base = (
         "model.num_layers=3 model.hidden_size=12 model.num_heads=2 model.patch_size=4 "

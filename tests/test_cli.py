@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dbdist import config, options
-from dbdist.cli import COMMANDS, main, parse_config, write_yaml
-from dbdist.config import Config
+from dbdist.cli import COMMANDS, main
+from dbdist.config import config, options
+from dbdist.config.config import Config
+from dbdist.config.parse import parse_config
+from dbdist.config.yaml_files import write_yaml
 from dbdist.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent

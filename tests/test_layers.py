@@ -13,12 +13,18 @@ SOURCES = {
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")
 }
-LOWEST = ("noise", "seeds", "errors", "options", "config", "models", "sampler")
-PURE = (*LOWEST, "denoiser", "tasks", "data", "ema", "inference")
-ENTRY_POINTS = tuple(
-    f"dbdist.{name}"
-    for name in ("train", "evaluate", "plan", "export", "merge", "import_published", "cli", "bench")
-)
+LEVELS: list[set[str]] = [
+    {"errors", "seeds", "version", "whole_files"},
+    {"config", "data", "models", "processes"},
+    {"tasks", "build"},
+    {"parallel", "checkpoint", "monitor"},
+    {"sampling", "run"},
+    {"training", "inference"},
+    {"commands"},
+    {"train", "evaluate", "cli", "compat", "bench"},
+]
+"""Packages and modules of dbdist from the ground up: each imports what stands below it."""
+PURE = ("processes", "models", "tasks", "data", "config", "build")
 
 
 def is_under(name, *packages):
@@ -46,9 +52,7 @@ def reached_from(name):
         current = todo.pop()
         if current in SOURCES and current not in seen and current != "dbdist":
             seen.add(current)
-            # `dbdist COMMAND` loads the command it is given.
-            skipped = ENTRY_POINTS if current == "dbdist.cli" else ()
-            todo += [i for i in imports_of(current) if not is_under(i, *skipped)]
+            todo += imports_of(current)
     return seen
 
 
@@ -56,31 +60,61 @@ def modules(*packages):
     return sorted(m for m in SOURCES if is_under(m, *(f"dbdist.{p}" for p in packages)))
 
 
-@pytest.mark.parametrize("name", modules(*PURE))
-def test_mathematics_knows_nothing_of_processes(name):
-    for module in reached_from(name):
-        assert not is_under(module, "dbdist.parallel"), f"{name} reaches {module}"
-        assert not any(is_under(i, "torch.distributed") for i in imports_of(module)), module
+def level_of(name):
+    top = name.split(".")[1]
+    found = [i for i, level in enumerate(LEVELS) if top in level]
+    assert len(found) == 1, f"{name} has no level"
+    return found[0]
 
 
-@pytest.mark.parametrize("name", modules("parallel"))
-def test_parallel_knows_nothing_of_tasks_models_and_data(name):
-    above = ("tasks", "trainer", "models", "data", "denoiser", "evaluation", "checkpoint", "build")
-    for module in reached_from(name):
-        assert not is_under(module, *(f"dbdist.{a}" for a in above)), f"{name} reaches {module}"
+def test_no_import_runs_back_up():
+    upward = [
+        f"{name} imports {imported}"
+        for name in SOURCES
+        for imported in imports_of(name)
+        if imported in SOURCES and "dbdist" not in (name, imported)
+        if level_of(imported) > level_of(name)
+    ]
+    assert not upward
 
 
-@pytest.mark.parametrize("name", sorted(m for m in SOURCES if not is_under(m, *ENTRY_POINTS)))
-def test_nothing_below_imports_an_entry_point(name):
-    allowed = ("dbdist.cli",) if name == "dbdist.run_dir" else ()
-    entries = [e for e in ENTRY_POINTS if e not in allowed]
-    assert not [i for i in imports_of(name) if is_under(i, *entries)]
+def test_packages_of_one_level_form_no_circle():
+    edges = {
+        (name.split(".")[1], imported.split(".")[1])
+        for name in SOURCES
+        for imported in imports_of(name)
+        if imported in SOURCES and "dbdist" not in (name, imported)
+    }
+    circles = {(a, b) for a, b in edges if a < b and (b, a) in edges}
+    assert not circles
 
 
-@pytest.mark.parametrize("name", modules(*LOWEST))
-def test_the_lowest_layers_do_not_import_what_stands_on_them(name):
-    above = ("denoiser", "tasks", "data", "trainer", "evaluation", "checkpoint", "inference")
-    assert not [i for i in imports_of(name) if is_under(i, *(f"dbdist.{a}" for a in above))]
+def test_no_file_imports_itself_over_others():
+    below = {name: reached_from(name) - {name} for name in SOURCES}
+    circles = {frozenset((a, b)) for a in below for b in below[a] if a in below.get(b, ())}
+    assert not circles
+
+
+def test_mathematics_knows_nothing_of_ranks():
+    found = [
+        f"{name} reaches {module}"
+        for name in modules(*PURE)
+        for module in reached_from(name)
+        if is_under(module, "dbdist.parallel")
+        or any(is_under(i, "torch.distributed") for i in imports_of(module))
+    ]
+    assert not found
+
+
+def test_parallel_knows_nothing_of_tasks_models_and_data():
+    above = ("tasks", "models", "data", "sampling", "training", "checkpoint", "build")
+    found = [
+        f"{name} reaches {module}"
+        for name in modules("parallel")
+        for module in reached_from(name)
+        if is_under(module, *(f"dbdist.{a}" for a in above))
+    ]
+    assert not found
 
 
 def test_only_launch_and_topology_touch_the_environment():
@@ -137,10 +171,4 @@ def test_the_only_unpickler_is_the_readers():
         if any("Unpickler" in ast.unparse(base) for base in node.bases)
     }
     assert unpicklers == {"dbdist.data.readers._ArrayUnpickler"}
-    assert any(called == "torch.load" for called, _ in calls_of("dbdist.compat"))
-
-
-def test_no_import_cycles():
-    below = {name: reached_from(name) - {name} for name in SOURCES}
-    cycles = {frozenset((a, b)) for a in below for b in below[a] if a in below.get(b, ())}
-    assert not cycles
+    assert any(called == "torch.load" for called, _ in calls_of("dbdist.inference.published"))

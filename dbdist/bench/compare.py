@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dbdist.cli import OneLineParser, guarded, parse_config
+from dbdist.commands.command_line import OneLineParser, guarded
+from dbdist.config.parse import parse_config
 from dbdist.errors import UserError
 
 

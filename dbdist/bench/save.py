@@ -17,12 +17,14 @@ from typing import Any
 import torch
 
 from dbdist.bench.step import build_trainer, prepared, synchronize
-from dbdist.checkpoint import MANIFEST, complete_folders
-from dbdist.cli import OneLineParser, guarded, parse_config
-from dbdist.config import Config
-from dbdist.rank_state import describe_model
-from dbdist.state_files import files_of
-from dbdist.trainer import Trainer
+from dbdist.build import describe_model
+from dbdist.checkpoint.manifest import complete_folders
+from dbdist.checkpoint.names import MANIFEST
+from dbdist.commands.command_line import OneLineParser, guarded
+from dbdist.config.config import Config
+from dbdist.config.parse import parse_config
+from dbdist.training.state_files import files_of
+from dbdist.training.trainer import Trainer
 
 TIMEOUT_S = 600.0
 

@@ -54,9 +54,10 @@ from dbdist.bench.processes import (
     parent_of,
     usage_of,
 )
-from dbdist.checkpoint import MANIFEST, step_folders
-from dbdist.cli import OneLineParser, guarded, parse_config
-from dbdist.config import Config
+from dbdist.checkpoint.names import MANIFEST, step_folders
+from dbdist.commands.command_line import OneLineParser, guarded
+from dbdist.config.config import Config
+from dbdist.config.parse import parse_config
 from dbdist.errors import Fault, UserError
 
 SETTLING_MINUTES = 5

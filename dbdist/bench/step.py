@@ -23,13 +23,15 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dbdist.cli import OneLineParser, guarded, parse_config
-from dbdist.config import Config
+from dbdist.commands.command_line import OneLineParser, guarded
+from dbdist.config.config import Config
+from dbdist.config.parse import parse_config
 from dbdist.data import load_dataset
 from dbdist.errors import DataError
-from dbdist.monitor import peak_memory_mb
-from dbdist.parallel.topology import Layout, Topology, choose_device
-from dbdist.trainer import Trainer
+from dbdist.monitor.ownership import peak_memory_mb
+from dbdist.parallel.layout import Layout
+from dbdist.parallel.topology import Topology, choose_device
+from dbdist.training.trainer import Trainer
 
 COMPUTE = ("forward", "backward", "optimizer")
 PHASES = ("load", "noise", *COMPUTE, "sync")

@@ -15,10 +15,10 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dbdist.config.options import AugmentConfig, DataConfig
 from dbdist.data.files import require
 from dbdist.data.readers import Split, class_folders, read_cifar, read_folder, read_small
 from dbdist.errors import DataError
-from dbdist.options import AugmentConfig, DataConfig
 
 Key = int | tuple[int, int]
 """A sample: its index, or (index, augment_seed)."""

@@ -24,8 +24,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dbdist.config.options import DataConfig
 from dbdist.errors import DataError
-from dbdist.options import DataConfig
 
 PROBE_S = 3.0
 """How long to wait for a server's first answer: a machine without network should say so at once."""

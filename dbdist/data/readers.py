@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dbdist.config.options import DataConfig
 from dbdist.data.files import require
 from dbdist.errors import DataError
-from dbdist.options import DataConfig
 
 Split = Literal["train", "test"]
 

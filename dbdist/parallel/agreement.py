@@ -4,13 +4,11 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import dbdist
 from dbdist.errors import TopologyError
 
 Facts = Mapping[str, object]
@@ -54,14 +52,6 @@ def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
         else:
             found[f"{prefix}{key}"] = value
     return found
-
-
-def digest_of_code() -> str:
-    """SHA-256 of the package's source files."""
-    root, digest = Path(dbdist.__file__).parent, hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -16,10 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dbdist import seeds
-from dbdist.denoiser import Denoiser, noised
+from dbdist.config.options import TaskConfig
+from dbdist.models.denoiser import Denoiser, noised
 from dbdist.models.vit import PlainViT
-from dbdist.noise import NoiseSchedule
-from dbdist.options import TaskConfig
+from dbdist.processes.gaussian import NoiseSchedule
 
 
 class Draws(NamedTuple):

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from dbdist.config.options import AugmentConfig, DataConfig
 from dbdist.data import ImageDataset, dataset_spec, load_dataset, normalize
 from dbdist.data import datasets as module
-from dbdist.options import AugmentConfig, DataConfig
 
 AUGMENT = AugmentConfig(crop_padding=2, flip=True, randaugment_ops=2)
 

@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from dbdist.config.options import DataConfig
 from dbdist.data import dataset_spec, load_dataset, prepare
 from dbdist.data.files import ARCHIVES, Archive
 from dbdist.errors import DataError
-from dbdist.options import DataConfig
 
 
 class MarksFile:

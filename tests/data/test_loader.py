@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from dbdist.config.options import AugmentConfig, DataConfig
 from dbdist.data import BatchStream, ImageDataset, dataset_spec, num_test_samples, test_batches
 from dbdist.errors import DataError
-from dbdist.options import AugmentConfig, DataConfig
 
 AUGMENT = AugmentConfig(crop_padding=2, flip=True, randaugment_ops=1)
 

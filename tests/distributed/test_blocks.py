@@ -14,16 +14,16 @@ import torch
 from ranks import config_of
 from test_torchrun import ROOT, assert_refused
 
-from dbdist import merge
-from dbdist.checkpoint import SHARED, complete_folders, find_checkpoint, newest_steps, split_private
-from dbdist.cli import parse_config
+from dbdist.checkpoint.manifest import complete_folders, find_checkpoint, newest_steps
+from dbdist.checkpoint.names import SHARED, blocks_in, split_private
+from dbdist.commands import merge
+from dbdist.config.parse import parse_config
 from dbdist.errors import ConfigError, UserError
-from dbdist.evaluate import evaluate_run
-from dbdist.parallel.topology import Layout, Topology
-from dbdist.parts import blocks_in
-from dbdist.run_dir import read_config
-from dbdist.train import check_not_ahead, train
-from dbdist.trainer import layout_of
+from dbdist.inference.of_run import evaluate_run
+from dbdist.parallel.layout import Layout, layout_of
+from dbdist.parallel.topology import Topology
+from dbdist.run.folder import read_config
+from dbdist.training.setup import check_not_ahead, train
 
 TINY = ["--config", "configs/digits.yaml", "--model.num_layers", "3", "--train.max_steps", "12"]
 TINY += ["--checkpoint.every_steps", "4", "--train.ema_decay", "0.5"]

@@ -5,11 +5,12 @@ import torch
 from ranks import config_of
 
 from dbdist import build
-from dbdist.build import build_sampler
 from dbdist.data import load_dataset
-from dbdist.denoiser import Denoiser
-from dbdist.evaluation import chain_answers, evaluate, process_answers
-from dbdist.parallel.topology import Layout, Topology
+from dbdist.models.denoiser import Denoiser
+from dbdist.parallel.layout import Layout
+from dbdist.parallel.topology import Topology
+from dbdist.sampling.evaluation import chain_answers, evaluate, process_answers
+from dbdist.sampling.sampler import build_sampler
 
 SAMPLES = 50  # not a multiple of the batch or of the micro-batch: the last ones are partial
 

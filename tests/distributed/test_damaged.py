@@ -9,16 +9,19 @@ import pytest
 import torch
 from test_torchrun import SMALL, assert_refused, run
 
-from dbdist import checkpoint
-from dbdist.checkpoint import complete_folders, find_checkpoint
+from dbdist.build import describe_model
+from dbdist.checkpoint import manifest as checkpoint
+from dbdist.checkpoint.choose import choose, set_aside
+from dbdist.checkpoint.manifest import complete_folders, find_checkpoint
+from dbdist.commands.export import export
 from dbdist.data import dataset_spec
 from dbdist.errors import CheckpointError
-from dbdist.evaluate import config_of_run, evaluate_run
-from dbdist.export import export
-from dbdist.fallback import choose, set_aside
-from dbdist.parallel.topology import Layout, Topology
-from dbdist.rank_state import RankState, describe_model
-from dbdist.state_files import files_to_restore, restore
+from dbdist.inference.of_run import evaluate_run
+from dbdist.parallel.layout import Layout
+from dbdist.parallel.topology import Topology
+from dbdist.run.folder import config_of_run
+from dbdist.training.rank_state import RankState
+from dbdist.training.state_files import files_to_restore, restore
 
 ALONE, BLOCKS = Topology(Layout(1)), [0, 1, 2]
 WORDS = (*SMALL, "--train.max_steps", "15", "--checkpoint.every_steps", "5")

@@ -10,10 +10,11 @@ import pytest
 import torch
 from ranks import RankPool, config_of
 
-from dbdist.checkpoint import find_checkpoint
+from dbdist.checkpoint.manifest import find_checkpoint
 from dbdist.data import load_dataset
-from dbdist.evaluation import Evaluation
-from dbdist.trainer import Trainer, layout_of
+from dbdist.parallel.layout import layout_of
+from dbdist.sampling.evaluation import Evaluation
+from dbdist.training.trainer import Trainer
 
 # Adam divides by the root of the squared gradient: of a gradient that is zero but for rounding it
 # makes a whole step. eps well above rounding lets the comparison see everything else.

@@ -17,7 +17,7 @@ from machine import (
 )
 
 from dbdist.bench.processes import listeners, listeners_of
-from dbdist.checkpoint import complete_folders, find_checkpoint, newest_steps
+from dbdist.checkpoint.manifest import complete_folders, find_checkpoint, newest_steps
 
 TWO = """--config configs/digits.yaml --model.num_blocks 2 --model.num_layers 2 --train.log_every 5
     --checkpoint.every_steps 5 --checkpoint.keep_last 1000""".split()

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dbdist.bench.processes import marked
 from dbdist.bench.soak import Launcher, read_metrics, send
-from dbdist.checkpoint import find_checkpoint
+from dbdist.checkpoint.manifest import find_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 LAST = 160

@@ -15,7 +15,7 @@ import yaml
 from machine import BIN, ROOT, Machine, free_port, kill_rank, wait_for_checkpoint
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from dbdist.cli import parse_config
+from dbdist.config.parse import parse_config
 
 LAUNCH = ROOT / "launch"
 SMALL = "--config configs/digits.yaml --train.max_steps 80 --train.warmup_steps 5 "

@@ -11,7 +11,7 @@ import pytest
 
 from dbdist.bench.processes import Listener, listeners, listeners_of, marked
 from dbdist.bench.soak import Launcher, send
-from dbdist.checkpoint import complete_folders
+from dbdist.checkpoint.manifest import complete_folders
 from dbdist.parallel import topology
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,12 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dbdist import build
-from dbdist.checkpoint import find_checkpoint
+from dbdist.checkpoint.manifest import find_checkpoint
 from dbdist.data import load_dataset
-from dbdist.evaluation import evaluate
-from dbdist.parallel.topology import Layout, Topology
-from dbdist.restore import load_block
-from dbdist.trainer import Trainer, layout_of
+from dbdist.inference.load_models import load_block
+from dbdist.parallel.layout import Layout, layout_of
+from dbdist.parallel.topology import Topology
+from dbdist.sampling.evaluation import evaluate
+from dbdist.training.trainer import Trainer
 
 # Blocks of different sizes, each of several layers, so that a foreign one would show.
 LAYERS = [2, 4, 6]

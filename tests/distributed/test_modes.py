@@ -8,10 +8,11 @@ from ranks import config_of
 
 from dbdist import seeds
 from dbdist.bench.step import measure, write_random_cifar100
-from dbdist.cli import parse_config
+from dbdist.config.parse import parse_config
 from dbdist.data import load_dataset
+from dbdist.parallel.layout import layout_of
 from dbdist.parallel.topology import Topology
-from dbdist.trainer import Trainer, layout_of
+from dbdist.training.trainer import Trainer
 
 
 def trained(tmp_path, *options):

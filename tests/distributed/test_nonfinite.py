@@ -12,11 +12,14 @@ from ranks import config_of
 from test_engines import LINEAR, engine_options
 
 from dbdist import seeds
-from dbdist.checkpoint import blocks_in, complete_folders, step_folders
+from dbdist.checkpoint import blocks_in
+from dbdist.checkpoint.manifest import complete_folders
+from dbdist.checkpoint.names import step_folders
 from dbdist.data import BatchStream, load_dataset
 from dbdist.errors import Fault
-from dbdist.monitor import Monitor
-from dbdist.trainer import Trainer, layout_of
+from dbdist.monitor.monitor import Monitor
+from dbdist.parallel.layout import layout_of
+from dbdist.training.trainer import Trainer
 
 THREE = ("model.num_blocks=3", "train.max_steps=8", "train.log_every=1")
 ONE = ("model.num_blocks=1", "model.num_layers=2", "train.max_steps=6", "train.eps=1e-3")
@@ -179,7 +182,8 @@ def initial(rank, options):
 
 
 def alone(options, blocks):
-    from dbdist.parallel.topology import Layout, Topology
+    from dbdist.parallel.layout import Layout
+    from dbdist.parallel.topology import Topology
 
     config = config_of(*options, "parallel.sync=never", "parallel.coordinator=colocated")
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")

@@ -5,7 +5,8 @@ from dataclasses import replace
 from ranks import config_of
 
 from dbdist.data import load_dataset
-from dbdist.trainer import Trainer, layout_of
+from dbdist.parallel.layout import layout_of
+from dbdist.training.trainer import Trainer
 
 
 def weights_of_rank(rank, nodes):

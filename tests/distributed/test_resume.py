@@ -11,15 +11,14 @@ from ranks import config_of
 from safetensors.torch import load_file
 
 import dbdist
-from dbdist.checkpoint import find_checkpoint
+from dbdist.checkpoint.choose import choose
+from dbdist.checkpoint.manifest import find_checkpoint
+from dbdist.commands.export import export
 from dbdist.data import load_dataset
 from dbdist.errors import CheckpointError, ConfigError, UserError
-from dbdist.evaluate import evaluate_run, layout_for_evaluation
-from dbdist.export import export
-from dbdist.fallback import choose
-from dbdist.parallel.topology import Layout
-from dbdist.train import train
-from dbdist.trainer import layout_of
+from dbdist.inference.of_run import evaluate_run, layout_for_evaluation
+from dbdist.parallel.layout import Layout, layout_of
+from dbdist.training.setup import train
 
 
 def train_run(rank, options):

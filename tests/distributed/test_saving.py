@@ -9,7 +9,8 @@ import time
 import pytest
 from test_torchrun import ROOT, run
 
-from dbdist.checkpoint import complete_folders, find_checkpoint, step_folders
+from dbdist.checkpoint.manifest import complete_folders, find_checkpoint
+from dbdist.checkpoint.names import step_folders
 
 OFTEN = ("--config", "configs/digits.yaml", "--checkpoint.every_steps", "2")
 

@@ -10,9 +10,9 @@ from ranks import config_of
 
 from dbdist import build, seeds
 from dbdist.data import BatchStream, load_dataset
-from dbdist.noise import NoiseSchedule
-from dbdist.parallel.topology import Layout
-from dbdist.trainer import Trainer, layout_of
+from dbdist.parallel.layout import Layout, layout_of
+from dbdist.processes.gaussian import NoiseSchedule
+from dbdist.training.trainer import Trainer
 
 STEPS = 5
 

@@ -17,9 +17,9 @@ from compose_files import DOCKER, load, words_of_service
 from torch.distributed.run import parse_args, parse_min_max_nnodes
 
 from dbdist import __version__
-from dbdist.cli import parse_config
-from dbdist.evaluate import layout_for_evaluation
-from dbdist.trainer import layout_of
+from dbdist.config.parse import parse_config
+from dbdist.inference.of_run import layout_for_evaluation
+from dbdist.parallel.layout import layout_of
 
 ROOT = DOCKER.parent
 ONE, TWO = "compose.yaml", "compose.two-nodes.yaml"

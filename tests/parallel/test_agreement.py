@@ -7,13 +7,14 @@ import pytest
 import torch
 from ranks import config_of
 
-from dbdist import train
 from dbdist.data import load_dataset
 from dbdist.errors import Fault, TopologyError
 from dbdist.parallel.agreement import digest_of, find_difference, flat
-from dbdist.parallel.topology import Layout, build_topology
-from dbdist.session import facts_of
-from dbdist.trainer import Trainer, layout_of
+from dbdist.parallel.layout import Layout, layout_of
+from dbdist.parallel.session import facts_of
+from dbdist.parallel.topology import build_topology
+from dbdist.training import setup
+from dbdist.training.trainer import Trainer
 
 
 def differ(rank, facts):
@@ -150,20 +151,20 @@ def train_on_other_data(rank, options):
     """Rank 1 has one label otherwise. Returns the error."""
     config = config_of(*options)
     topology = rank.join(layout_of(config, rank.launch.world_size))
-    real = train.load_dataset
+    real = setup.load_dataset
 
     def load(*arguments):
         dataset = real(*arguments)
         dataset.labels[0] = (dataset.labels[0] + (rank.launch.rank == 1)) % 10
         return dataset
 
-    train.load_dataset = load
+    setup.load_dataset = load
     try:
-        train.train(config, topology)
+        setup.train(config, topology)
     except TopologyError as error:
         return str(error)
     finally:
-        train.load_dataset = real
+        setup.load_dataset = real
     return None
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dbdist.parallel.topology import Layout
+from dbdist.parallel.layout import Layout
 
 
 def on_nodes(num_blocks, num_replicas, coordinator, counts, shuffled=False):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from dbdist.denoiser import Denoiser
+from dbdist.config.options import TaskConfig
 from dbdist.models import vit
-from dbdist.noise import NoiseSchedule
-from dbdist.options import TaskConfig
+from dbdist.models.denoiser import Denoiser
+from dbdist.processes.gaussian import NoiseSchedule
 from dbdist.tasks.classification import (
     ClassReadout,
     DenoisingLoss,

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: names, manifests, writing, reading, choosing, retiring."""

@@ -1,0 +1,214 @@
+"""RUN/checkpoints: one folder a step, one safetensors file a block, the manifest last.
+
+Files are named by block, never by rank, and tensors by parameter, so any topology may read what any
+other wrote. The manifest holds every file's size and SHA-256; a folder without one, and without the
+parts of all blocks (`parts`), is no checkpoint. Nothing that is read can execute code. Here is the
+reading; `checkpoint_writer` writes.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dbdist.checkpoint.names import FILE, MANIFEST, blocks_in, step_folders, step_of
+from dbdist.checkpoint.parts import assemble, differences, has_all
+from dbdist.checkpoint.weights import load_weights
+from dbdist.errors import CheckpointError
+
+FORMAT = "dbdist-checkpoint"
+VERSION = 1
+_HEAD = {"format": FORMAT, "version": VERSION}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    manifest: dict[str, Any]
+    _verified: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False)
+    """Length and time of change of the files whose SHA-256 was right: none is hashed twice."""
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+    def has(self, file: str) -> bool:
+        return file in self.manifest["files"]
+
+    def tensors(self, file: str) -> dict[str, Tensor]:
+        """A file's tensors, after its size and SHA-256. Raises CheckpointError naming the file."""
+        self.check(file)
+        return load_weights(self.path / file)
+
+    def check(self, file: str) -> None:
+        """Raises CheckpointError, naming the file, unless its size and SHA-256 are the manifest's.
+        A file that holds what another should is told as such."""
+        path = self.path / file
+        if not self.has(file):
+            raise CheckpointError(
+                f"{path} is not part of this checkpoint ({MANIFEST} does not list it)"
+            )
+        stated, size = self.manifest["files"][file], self._size(file)
+        try:
+            now = size, path.stat().st_mtime_ns
+            if self._verified.get(file) == now:
+                return
+            digest = _sha256(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
+        if size == stated["bytes"] and digest == stated["sha256"]:
+            self._verified[file] = now
+            return
+        for other, entry in self.manifest["files"].items():
+            if digest == entry["sha256"]:
+                raise CheckpointError(f"{path} is damaged: it holds the content of {other}")
+        if size != stated["bytes"]:
+            raise self._wrong_size(file, size)
+        raise CheckpointError(
+            f"{path} is damaged: its SHA-256 is not the one that {MANIFEST} states"
+        )
+
+    def check_sizes(self) -> None:
+        """Raises CheckpointError, naming the file, if one is missing, or not as long as written
+        (and is not simply another file of this checkpoint)."""
+        for file, stated in self.manifest["files"].items():
+            if (size := self._size(file)) != stated["bytes"]:
+                if size in {entry["bytes"] for entry in self.manifest["files"].values()}:
+                    self.check(file)
+                raise self._wrong_size(file, size)
+
+    def check_fits(self, description: Mapping[str, Any]) -> None:
+        """Raises CheckpointError, naming the first difference, unless it is of this model and
+        partition."""
+        if difference := next(differences(self.manifest["model"], description), None):
+            key, stored, value = difference
+            raise CheckpointError(
+                f"{self.path} holds a model with {key} {_shown(stored)}, the configuration says "
+                f"{value}; use its own configuration or another run_dir"
+            )
+
+    def _size(self, file: str) -> int:
+        path = self.path / file
+        try:
+            return path.stat().st_size
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing") from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
+
+    def _wrong_size(self, file: str, size: int) -> CheckpointError:
+        written = self.manifest["files"][file]["bytes"]
+        return CheckpointError(
+            f"{self.path / file} is damaged: {size} bytes, {written} were written"
+        )
+
+
+def find_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint | None:
+    """The complete checkpoint of this step, or the newest; None where there is none. Raises
+    CheckpointError if its manifest is damaged."""
+    folder = run_dir / "checkpoints"
+    complete = {step_of(path): path for path in complete_folders(folder)}
+    if step is not None and step not in complete:
+        raise CheckpointError(
+            f"{folder} has no checkpoint of step {step}; it has {sorted(complete) or 'none'}"
+        )
+    if not complete:
+        return None
+    path = complete[step if step is not None else max(complete)]
+    return Checkpoint(path, read_manifest(path))
+
+
+def saved_folders(folder: Path, blocks: Sequence[int] | None = None) -> list[Path]:
+    """The folders that hold these blocks (None: a whole checkpoint), oldest first."""
+    if blocks is None:
+        return complete_folders(folder)
+    found = [
+        path
+        for path in step_folders(folder)
+        if (path / MANIFEST).is_file() or set(blocks) <= set(blocks_in(path))
+    ]
+    return sorted(found, key=step_of)
+
+
+def open_folder(path: Path, blocks: Sequence[int] | None = None) -> Checkpoint:
+    """The checkpoint in one of `saved_folders`. Raises CheckpointError for a damaged one."""
+    if blocks is not None and set(blocks) <= set(blocks_in(path)):
+        return Checkpoint(path, {**_HEAD, **assemble(path, blocks)})
+    return Checkpoint(path, read_manifest(path))
+
+
+def newest_steps(run_dir: Path, num_blocks: int) -> list[int | None]:
+    """The newest step that each block has saved; None for one that has none."""
+    steps: list[int | None] = [None] * num_blocks
+    for path in sorted(step_folders(run_dir / "checkpoints"), key=step_of):
+        has_manifest = (path / MANIFEST).is_file()
+        for block in range(num_blocks) if has_manifest else blocks_in(path):
+            if block < num_blocks:
+                steps[block] = step_of(path)
+    return steps
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a step's folder: manifest.json, or what the parts of all blocks are together.
+    Raises CheckpointError for one that is damaged, of another format, version or step, or names
+    files outside the folder."""
+    file = path / MANIFEST
+    if not file.is_file():
+        if not has_all(path):
+            raise CheckpointError(f"{path} is incomplete: it has neither {MANIFEST} nor all parts")
+        return {**_HEAD, **assemble(path)}
+    try:
+        manifest = json.loads(file.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{file} is damaged: it is no JSON") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is damaged or foreign: its format is not {FORMAT}")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{file} is of version {_shown(manifest.get('version'))}; this dbdist reads version "
+            f"{VERSION}"
+        )
+    if type(step := manifest.get("step")) is not int or step != step_of(path):
+        raise CheckpointError(f"{file} is damaged: it states step {_shown(step)}")
+    files = manifest.get("files")
+    if not isinstance(manifest.get("model"), dict) or not isinstance(files, dict):
+        raise CheckpointError(f"{file} is damaged: model or files is missing")
+    for name, entry in files.items():
+        if not FILE.fullmatch(name):
+            raise CheckpointError(f"{file} is damaged: {_shown(name)} is no name of a file")
+        sound = isinstance(entry, dict) and type(entry.get("bytes")) is int
+        if not sound or not isinstance(entry.get("sha256"), str):
+            raise CheckpointError(f"{file} is damaged: {name} has no size and SHA-256")
+    return manifest
+
+
+def _shown(value: object) -> str:
+    """A value from a file that may be damaged, in one line that is not too long."""
+    try:
+        text = " ".join(str(value).split())
+    except (RecursionError, ValueError):  # nested too deeply; a number of too many digits
+        return "unreadable"
+    return text if len(text) <= 100 else f"{text[:99]}…"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a step's folder holds all blocks: by its manifest, or by a part of each."""
+    return (path / MANIFEST).is_file() or has_all(path)
+
+
+def complete_folders(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted((path for path in step_folders(folder) if is_complete(path)), key=step_of)

@@ -1,0 +1,1 @@
+"""Every option, its checks, and how it is parsed."""

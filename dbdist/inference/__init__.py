@@ -1,0 +1,1 @@
+"""Models from checkpoints, exported folders and published weights."""

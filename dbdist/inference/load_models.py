@@ -1,0 +1,70 @@
+"""Models from checkpoints: one block at a time, or everything as the tensors of an exported
+model."""
+
+import torch
+from torch import Tensor
+
+from dbdist import build
+from dbdist.checkpoint.manifest import Checkpoint
+from dbdist.checkpoint.names import SHARED, block_file, ema_file, split_private
+from dbdist.checkpoint.weights import fill
+from dbdist.config.config import Config
+from dbdist.models.vit import ViTConfig
+from dbdist.sampling.evaluation import Model
+
+
+def load_block(
+    config: Config, sizes: ViTConfig, checkpoint: Checkpoint, block: int, device: torch.device
+) -> Model:
+    """One block with its shared modules, averaged weights if the run kept any; nothing else is
+    read."""
+    layers, shared, source = _weights(checkpoint, block)
+    modules = build.build_shared(config, sizes, None, device)
+    module = build.build_block(config, sizes, block, None, device)
+    dtype = next(iter(layers.values())).dtype
+    model = build.join(config, modules.to(dtype), module.to(dtype))
+    fill(module, layers, checkpoint.path / block_file(block))
+    fill(modules, shared, checkpoint.path / source)
+    return model.eval()
+
+
+def files_of_block(config: Config, checkpoint: Checkpoint, block: int) -> list[str]:
+    """The files that `load_block` reads."""
+    is_private = config.mode == "block_parallel" and config.parallel.sync != "step"
+    files = [block_file(block), *([] if is_private else [SHARED])]
+    return [_averaged(checkpoint, file) for file in files]
+
+
+def export_weights(config: Config, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], bool]:
+    """(tensors of the exported model, whether blocks keep shared modules of their own)."""
+    weights: dict[str, Tensor] = {}
+    shared_of_block: list[dict[str, Tensor]] = []
+    for block in range(config.num_blocks):
+        layers, shared, _ = _weights(checkpoint, block)
+        weights |= layers
+        shared_of_block.append(shared)
+    first = shared_of_block[0]
+    is_private = any(
+        not torch.equal(first[k], other[k]) for other in shared_of_block for k in first
+    )
+    for block, shared in enumerate(shared_of_block if is_private else [first]):
+        prefix = f"block-{block}.shared." if is_private else "shared."
+        weights |= {f"{prefix}{name}": tensor for name, tensor in shared.items()}
+    return weights, is_private
+
+
+def _weights(
+    checkpoint: Checkpoint, block: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    """(the block's tensors, its shared modules', the file these come from)."""
+    file = _averaged(checkpoint, block_file(block))
+    tensors = checkpoint.tensors(file)
+    layers, private = split_private(tensors)
+    if private:
+        return layers, private, file
+    shared_file = _averaged(checkpoint, SHARED)
+    return layers, checkpoint.tensors(shared_file), shared_file
+
+
+def _averaged(checkpoint: Checkpoint, file: str) -> str:
+    return ema_file(file) if checkpoint.has(ema_file(file)) else file

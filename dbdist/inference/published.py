@@ -1,0 +1,392 @@
+"""Weights of the published ViT code: read, run exactly as published, and convert to an exported
+model.
+
+The published model differs from ours in names, in separate query, key and value projections, and in
+the sampler's choice of block where a grid point falls on a boundary (float32 rounding decides
+there).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dbdist.checkpoint.weights import fill, load_weights
+from dbdist.data.datasets import DatasetSpec
+from dbdist.errors import CheckpointError, ConfigError
+from dbdist.inference.exported import describe, save_model
+from dbdist.models import vit
+from dbdist.models.denoiser import Denoiser
+from dbdist.processes.gaussian import NoiseSchedule
+from dbdist.sampling.sampler import Sampler
+from dbdist.tasks.classification import ClassReadout
+
+SHARED_NAMES = {
+    "vit.embeddings.patch_embeddings.projection": "patch_embed",
+    "vit.embeddings.position_embeddings": "positions",
+    "vit.embeddings.label_embeddings.weight": "label_table",
+    "vit.time_embedder.mlp.0": "noise_mlp_in",
+    "vit.time_embedder.mlp.2": "noise_mlp_out",
+    "vit.layernorm": "norm",
+    "adaLN_modulation.linear": "adaln.linear",
+    "classifier": "head",
+}
+LAYER_NAMES = {
+    "attention.output.dense": "attention.out",
+    "intermediate.dense": "mlp_in",
+    "output.dense": "mlp_out",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "adaLN_modulation.linear": "adaln.linear",
+}
+LAYER_KEY = re.compile(r"vit\.encoder\.layer\.(\d+)\.(.+)\.(weight|bias)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedConfig:
+    """Sizes of a published model, under the names its files use."""
+
+    image_size: int
+    patch_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    num_labels: int
+    num_blocks: int
+    num_channels: int = 3
+
+    def architecture(self) -> vit.ViTConfig:
+        return vit.ViTConfig(
+            image_size=self.image_size,
+            channels=self.num_channels,
+            num_classes=self.num_labels,
+            patch_size=self.patch_size,
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            mlp_size=self.intermediate_size,
+        )
+
+    def layers_per_block(self) -> list[int]:
+        if self.num_blocks < 1 or self.num_layers % self.num_blocks:
+            raise ConfigError(
+                f"num_blocks {self.num_blocks} does not divide num_layers {self.num_layers}"
+            )
+        return [self.num_layers // self.num_blocks] * self.num_blocks
+
+
+class PublishedViT(nn.Module):
+    """The published model: `denoise` is its forward pass, `sample` its evaluation. Evaluation mode,
+    no dropout."""
+
+    def __init__(self, config: PublishedConfig, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        cpu, architecture = torch.device("cpu"), config.architecture()
+        self.config = config
+        self.schedule = NoiseSchedule(config.num_blocks)
+        self.shared = vit.build_shared(architecture, None, cpu).to(dtype)
+        ends = [sum(config.layers_per_block()[:b]) for b in range(config.num_blocks + 1)]
+        self.blocks = nn.ModuleList(
+            vit.build_block(architecture, range(a, b), None, cpu).to(dtype)
+            for a, b in pairwise(ends)
+        )
+        self.eval()
+
+    def denoiser(self, block: int) -> Denoiser:
+        """Shared modules and one block; block 0 has the most noise."""
+        module = self.blocks[block]
+        assert isinstance(module, vit.Block)
+        return Denoiser(self.shared, module, self.schedule).train(self.training)
+
+    def denoise(
+        self, block: int, images: Tensor, z: Tensor, sigma: Tensor | float, cfg_scale: float = 0.0
+    ) -> Tensor:
+        """Logits (N, K) of one block. images: (N, C, S, S); z: (N, D); sigma: a number or (N,).
+
+        cfg_scale: classifier-free guidance, u + cfg_scale (c - u); 0 for none.
+        """
+        if not 0 <= block < len(self.blocks):
+            raise ValueError(f"block {block} is not one of 0..{len(self.blocks) - 1}")
+        sigma_N = torch.as_tensor(sigma, dtype=z.dtype, device=z.device).reshape(-1).expand(len(z))
+        sampler = Sampler(self.schedule, num_steps=1, guidance_scale=cfg_scale)
+        return sampler.guided(self.denoiser(block), images, z, sigma_N)
+
+    def sample(
+        self,
+        images: Tensor,
+        z_init: Tensor,
+        num_steps: int,
+        cfg_scale: float = 0.0,
+        label_table: Literal["raw", "normalized"] = "raw",
+    ) -> Tensor:
+        """Logits (N, K) after the whole chain.
+
+        images: (N, C, S, S). z_init: (N, D), the first state, already at the scale of the highest
+        level.
+        num_steps: evaluations from sigma 80 to 0.002. label_table: as published (raw), or as in
+        training.
+        """
+        if label_table not in ("raw", "normalized"):
+            raise ValueError(f"label_table is {label_table!r}; it must be 'raw' or 'normalized'")
+        blocks = published_block_of_step(self.schedule, num_steps)
+        if num_steps == 1:  # the published grid of one point is sigma_min
+            return self.denoise(blocks[0], images, z_init, self.schedule.sigma_min, cfg_scale)
+        sampler = Sampler(self.schedule, num_steps, guidance_scale=cfg_scale, blocks=tuple(blocks))
+        task = _LogitReadout(self.shared.label_table, label_table == "normalized")
+        z, logits = z_init, None
+        for block in sorted(set(blocks)):
+            z, logits = sampler.run_block(block, self.denoiser(block), task, images, z)
+        assert logits is not None
+        return logits
+
+
+class _LogitReadout(ClassReadout):
+    """Reads out the logits themselves, as the published code returns them."""
+
+    def probabilities(self, output: Tensor) -> Tensor:
+        return output
+
+
+def published_block_of_step(schedule: NoiseSchedule, num_steps: int) -> list[int]:
+    """The block that the published sampler runs at each step: it compares a float32 grid with
+    float64 boundaries, so a grid point on a boundary falls to either side, and a block may be left
+    out."""
+    sigmas = (
+        schedule.grid(num_steps).float().double()
+        if num_steps > 1
+        else torch.tensor([schedule.sigma_min])
+    )
+    ascending = torch.searchsorted(schedule.boundaries, sigmas.double(), right=True) - 1
+    return [
+        schedule.num_blocks - 1 - k for k in ascending.clamp(0, schedule.num_blocks - 1).tolist()
+    ]
+
+
+def load_published_vit(
+    path_or_state_dict: str | PathLike[str] | Mapping[str, Tensor],
+    config: PublishedConfig | Mapping[str, Any] | None = None,
+) -> PublishedViT:
+    """The published model with these weights, in their precision.
+
+    path_or_state_dict: a .safetensors file, a Lightning .ckpt (tensors only are read, nothing is
+    executed), or a state dict. config: its sizes (`PublishedConfig` or a mapping with these keys);
+    None takes them from the file's metadata and, where that is silent, from the tensors' shapes.
+    Raises CheckpointError for a missing or damaged file, missing or foreign tensors, or sizes that
+    are nowhere to be found (num_heads, num_blocks).
+    """
+    source, state, stored = _read(path_or_state_dict)
+    sizes = _sizes(source, state, {**stored, **_mapping(config)})
+    try:
+        weights = _rename(source, state, sizes)
+        dtype = next(iter(weights.values())).dtype
+        model = PublishedViT(sizes, dtype)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{source} is not a published ViT ({reason})") from None
+    fill(model, weights, source)
+    return model
+
+
+def import_published(
+    checkpoint: Path,
+    out: Path,
+    config: Mapping[str, Any] | None = None,
+    spec: DatasetSpec | None = None,
+) -> None:
+    """Converts published weights to an exported model that `dbdist.load` reads, with the published
+    sampler.
+
+    spec: the dataset's names and normalisation; None stands for images in [0, 1] used as they are.
+    """
+    model = load_published_vit(checkpoint, config)
+    sizes = model.config
+    spec = spec or DatasetSpec(
+        name="published",
+        channels=sizes.num_channels,
+        image_size=sizes.image_size,
+        num_classes=sizes.num_labels,
+        mean=(0.0,) * sizes.num_channels,
+        std=(1.0,) * sizes.num_channels,
+        class_names=None,
+    )
+    if (spec.channels, spec.image_size, spec.num_classes) != (
+        sizes.num_channels,
+        sizes.image_size,
+        sizes.num_labels,
+    ):
+        raise ConfigError(
+            f"{checkpoint} was trained on {sizes.num_channels} x {sizes.image_size} x "
+            f"{sizes.image_size} images of "
+            f"{sizes.num_labels} classes, which is not the dataset {spec.name}"
+        )
+    weights = {
+        name if name.startswith("shared.") else name.split(".", 2)[2]: tensor.detach()
+        for name, tensor in model.named_parameters()
+    }
+    num_steps = max(sizes.num_blocks, 2)  # published: as many as blocks; a single one is useless
+    sampler = {
+        "num_steps": num_steps,
+        "start": "noise",
+        "label_table": "raw",
+        "readout": [sizes.num_blocks - 1],
+        "blocks": published_block_of_step(model.schedule, num_steps),
+    }
+    save_model(
+        out,
+        weights,
+        describe(sizes.architecture(), spec, sizes.layers_per_block(), model.schedule, sampler),
+    )
+
+
+def _read(
+    source: str | PathLike[str] | Mapping[str, Tensor],
+) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """(name for messages, the model's tensors without Lightning's prefix, sizes found beside
+    them)."""
+    if isinstance(source, Mapping):
+        return Path("state dict"), *_clean(source, {})
+    path = Path(source)
+    if path.suffix not in (".ckpt", ".pt", ".pth"):
+        weights = load_weights(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return path, *_clean(weights, metadata)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except Exception as error:  # torch.load raises many types for a damaged or unsafe pickle
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{path} cannot be read as plain tensors ({reason[:160]}); nothing in it was executed, "
+            "save its state_dict as safetensors instead"
+        ) from None
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds {type(content).__name__}, not a state dict")
+    state = content.get("state_dict", content)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path}: state_dict is {type(state).__name__}, not a state dict")
+    try:
+        sizes = _flat_sizes(content.get("hyper_parameters"))
+    except RecursionError:
+        raise CheckpointError(f"{path}: hyper_parameters contain themselves") from None
+    return path, *_clean(state, sizes)
+
+
+def _clean(
+    state: Mapping[Any, Any], found: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {
+        k.removeprefix("model."): v
+        for k, v in state.items()
+        if isinstance(k, str) and isinstance(v, Tensor)
+    }
+    tensors.pop("sigmas", None)  # the sampler's grid, a buffer of the Lightning module
+    known = {k: v for k, v in found.items() if k in PublishedConfig.__dataclass_fields__}
+    try:
+        return tensors, {k: int(v) for k, v in known.items()}
+    except ValueError as error:
+        raise CheckpointError(f"a size beside the weights is no number ({error})") from None
+
+
+def _flat_sizes(hyper_parameters: Any) -> dict[str, Any]:
+    """Sizes among Lightning's hyper-parameters, nested or not, under our names or transformers'."""
+    aliases = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
+    found: dict[str, Any] = {}
+    if isinstance(hyper_parameters, Mapping):
+        for key, value in hyper_parameters.items():
+            if isinstance(value, Mapping):
+                found |= _flat_sizes(value)
+            elif isinstance(key, str) and isinstance(value, int):
+                found[aliases.get(key, key)] = value
+    return found
+
+
+def _mapping(config: PublishedConfig | Mapping[str, Any] | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    if isinstance(config, PublishedConfig):
+        return vars(config).copy()
+    known = PublishedConfig.__dataclass_fields__
+    if unknown := sorted(config.keys() - known.keys()):
+        raise ConfigError(f"unknown size {unknown[0]}; known are {', '.join(known)}")
+    return {k: int(v) for k, v in config.items() if v is not None}
+
+
+def _sizes(source: Path, state: Mapping[str, Tensor], given: dict[str, Any]) -> PublishedConfig:
+    """All sizes: those given, else what the tensors' shapes say."""
+    try:
+        patch = state["vit.embeddings.patch_embeddings.projection.weight"]
+        classes, hidden = state["vit.embeddings.label_embeddings.weight"].shape
+        num_patches = state["vit.embeddings.position_embeddings"].shape[-2] - 1
+        layers = {int(m[1]) for k in state if (m := LAYER_KEY.fullmatch(k))}
+        intermediate = state["vit.encoder.layer.0.intermediate.dense.weight"].shape[0]
+        channels, side = patch.shape[1], patch.shape[-1]
+    except KeyError as error:
+        raise CheckpointError(f"{source} is not a published ViT: {error} is missing") from None
+    except (IndexError, ValueError) as error:
+        raise CheckpointError(f"{source} is not a published ViT: {error}") from None
+    if layers != set(range(len(layers))):
+        raise CheckpointError(
+            f"{source} is not a published ViT: a layer is missing before the last"
+        )
+    shapes = {
+        "image_size": round(max(num_patches, 0) ** 0.5) * side,
+        "patch_size": side,
+        "hidden_size": hidden,
+        "num_layers": max(layers) + 1,
+        "intermediate_size": intermediate,
+        "num_labels": classes,
+        "num_channels": channels,
+    }
+    for key, value in shapes.items():
+        if given.setdefault(key, value) != value:
+            raise CheckpointError(
+                f"{source}: its tensors say {key} {value}, the configuration {given[key]}"
+            )
+    for key in ("num_heads", "num_blocks"):
+        if key not in given:
+            raise CheckpointError(
+                f"{source} does not say {key}, which no tensor's shape tells; give it"
+            )
+    if given["num_heads"] < 1 or hidden % given["num_heads"]:
+        raise CheckpointError(
+            f"{source}: num_heads {given['num_heads']} does not divide hidden_size {hidden}"
+        )
+    return PublishedConfig(**given)
+
+
+def _rename(source: Path, state: Mapping[str, Tensor], sizes: PublishedConfig) -> dict[str, Tensor]:
+    """Published names to the parameter names of `PublishedViT`; q, k and v become one tensor."""
+    per_block = sizes.layers_per_block()[0]
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        if match := LAYER_KEY.fullmatch(key):
+            layer, name, leaf = int(match[1]), match[2], match[3]
+            prefix = f"blocks.{layer // per_block}.layers.{layer}"
+            if name.startswith("attention.attention."):
+                if name.endswith(".query"):
+                    stem = key.removesuffix(f"query.{leaf}")
+                    try:
+                        parts = [
+                            state[f"{stem}{part}.{leaf}"] for part in ("query", "key", "value")
+                        ]
+                    except KeyError as error:
+                        raise CheckpointError(f"{source} lacks tensor {error}") from None
+                    renamed[f"{prefix}.attention.qkv.{leaf}"] = torch.cat(parts)
+            else:
+                renamed[f"{prefix}.{LAYER_NAMES.get(name, name)}.{leaf}"] = tensor
+        else:
+            stem, _, leaf = key.rpartition(".")
+            name = SHARED_NAMES.get(key) or (
+                f"{SHARED_NAMES[stem]}.{leaf}" if stem in SHARED_NAMES else key
+            )
+            renamed[f"shared.{name}"] = tensor.squeeze(0) if name == "positions" else tensor
+    return renamed

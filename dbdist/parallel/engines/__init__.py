@@ -1,0 +1,1 @@
+"""Data parallelism among the copies of a block."""

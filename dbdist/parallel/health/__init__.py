@@ -1,0 +1,1 @@
+"""Who is alive, who is stuck, and when all stop."""

@@ -1,0 +1,1 @@
+"""How a clean state is corrupted, and how the sampler undoes it."""

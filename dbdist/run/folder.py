@@ -1,0 +1,168 @@
+"""The folder of a run: its configuration, whether another may continue it, and its result."""
+
+import dataclasses
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dbdist.checkpoint.manifest import saved_folders
+from dbdist.checkpoint.names import blocks_in, step_folders, step_of
+from dbdist.checkpoint.parts import differences
+from dbdist.config.config import Config
+from dbdist.config.parse import parse_config
+from dbdist.config.yaml_files import write_yaml
+from dbdist.errors import CheckpointError, ConfigError
+from dbdist.monitor.record_files import metrics_file
+
+MAY_CHANGE = (
+    "run_dir",
+    "device",
+    "data.root",
+    "data.num_workers",
+    "sampler",
+    "train.max_steps",
+    "train.epochs",
+    "train.schedule_steps",  # but see last_schedule_step
+    "train.nonfinite",
+    "train.max_skipped",
+    "train.log_every",
+    "train.activation_checkpointing",
+    "parallel.replicas",
+    "parallel.replica_engine",
+    "parallel.deepspeed_config",
+    "parallel.coordinator",
+    "parallel.blocks",
+    "parallel.check_every",
+    "parallel.timeout_s",
+    "checkpoint",
+    "eval",
+)
+"""Keys and sections that do not change what the steps already taken have computed."""
+
+
+def read_config(run_dir: Path) -> Config | None:
+    """The configuration in RUN/config.yaml; None without one. Raises ConfigError for a damaged
+    one."""
+    path = run_dir / "config.yaml"
+    try:
+        if not path.is_file():
+            return None
+        return parse_config("dbdist", "", [], first=["--config", str(path)])
+    except (ConfigError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+
+
+def check_run_dir(config: Config) -> None:
+    """Raises CheckpointError if there is something to continue against `checkpoint.resume`, or a
+    ConfigError that names the first key that differs if the run directory holds a run of another
+    configuration; nothing is changed, and no data is needed."""
+    run_dir, blocks = Path(config.run_dir), config.trained_blocks
+    steps = [step_of(path) for path in saved_folders(run_dir / "checkpoints", blocks)]
+    if config.checkpoint.resume is True and not steps:
+        raise CheckpointError(
+            f"checkpoint.resume is true, but {run_dir} has no complete checkpoint"
+            f"{'' if blocks is None else f' of blocks {list(blocks)}'}; "
+            "leave it out to start"
+        )
+    if config.checkpoint.resume is False and steps:
+        raise CheckpointError(
+            f"checkpoint.resume is false, but {run_dir} holds a checkpoint of "
+            f"step {steps[-1]}; give another run_dir"
+        )
+    if (held := _held_config(run_dir, bool(steps))) is not None:
+        _check_same(held, config)
+
+
+def claim(config: Config, num_train: int, step: int | None) -> None:
+    """Makes the run directory this configuration's, which `check_run_dir` has accepted.
+
+    num_train: samples in the training set. step: of the checkpoint that will be continued. Raises
+    ConfigError if the learning rate or the last step do not go with it; then nothing is changed.
+    """
+    run_dir = Path(config.run_dir)
+    _check_steps(config, num_train, step)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(run_dir):  # runs of single blocks may come at the same time
+            if config.trained_blocks is not None:
+                if (held := _held_config(run_dir, step is not None)) is not None:
+                    _check_same(held, config)
+                    _check_steps(config, num_train, step)
+                (run_dir / metrics_file(config.trained_blocks)).touch()
+            held = dataclasses.replace(
+                config,  # but for what concerns this start alone
+                parallel=dataclasses.replace(config.parallel, blocks=None),
+                checkpoint=dataclasses.replace(config.checkpoint, fallback=False),
+            )
+            write_yaml(held, run_dir / "config.yaml")
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror})") from None
+
+
+def _check_same(held: Config, config: Config) -> None:
+    """Raises ConfigError naming the first key whose other value would make it another run."""
+    for key, old, new in differences(dataclasses.asdict(held), dataclasses.asdict(config)):
+        if not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE):
+            raise ConfigError(
+                f"{config.run_dir} holds a run with {key} {old}, not {new}; "
+                "give another run_dir or the old value"
+            )
+
+
+def _check_steps(config: Config, num_train: int, step: int | None) -> None:
+    """Raises ConfigError if the learning rate or the last step do not go with what is there."""
+    run_dir = Path(config.run_dir)
+    held = _held_config(run_dir, step is not None)
+    if held is not None:
+        old, new = last_schedule_step(held, num_train), last_schedule_step(config, num_train)
+        if old != new:
+            raise ConfigError(
+                f"{run_dir} holds a run whose learning rate ends at step {old}, not {new}; "
+                f"set train.schedule_steps to {old}, or give another run_dir"
+            )
+    if step is not None and step > config.max_steps(num_train):
+        raise ConfigError(
+            f"{run_dir} is at step {step} already, beyond the {config.max_steps(num_train)} steps "
+            "to train; give another run_dir or more steps"
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes waiting that ask for the same, where the file system can do that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _held_config(run_dir: Path, has_checkpoint: bool) -> Config | None:
+    """The configuration of what was trained here; None where nothing was."""
+    held = read_config(run_dir)
+    has_parts = any(map(blocks_in, step_folders(run_dir / "checkpoints")))
+    is_held = has_checkpoint or has_parts or any(run_dir.glob("metrics*.jsonl"))
+    return held if is_held else None
+
+
+def last_schedule_step(config: Config, num_train: int) -> int | None:
+    """Where the cosine ends; None for a constant learning rate."""
+    if config.train.schedule == "constant":
+        return None
+    return config.train.schedule_steps or config.max_steps(num_train)
+
+
+def config_of_run(prog: str, description: str, argv: list[str]) -> Config:
+    """RUN/config.yaml with the command line's changes. Raises ConfigError where there is no run."""
+    run_dir = parse_config(prog, description, argv).run_dir
+    if read_config(Path(run_dir)) is None:
+        raise ConfigError(
+            f"{run_dir} holds no run (config.yaml is missing); give --run_dir of a trained one"
+        )
+    own = ["--config", str(Path(run_dir) / "config.yaml")]
+    config = parse_config(prog, description, argv, first=own)
+    return dataclasses.replace(config, run_dir=run_dir).validate()

@@ -1,0 +1,1 @@
+"""The chain of blocks at inference, and the figures of a test set."""

@@ -1,0 +1,1 @@
+"""The loop, what a rank trains, and how that becomes files."""

@@ -1,0 +1,207 @@
+"""How what a rank trains becomes the files of a checkpoint, and comes back.
+
+Files hold whole tensors by block and parameter name, so any topology reads what any other wrote.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dbdist.build import describe_model
+from dbdist.checkpoint.manifest import Checkpoint
+from dbdist.checkpoint.names import (
+    PREFIX,
+    SHARED,
+    Files,
+    block_file,
+    ema_file,
+    optimizer_file,
+    split_private,
+)
+from dbdist.checkpoint.weights import check_weights, fill
+from dbdist.config.config import Config
+from dbdist.errors import CheckpointError
+from dbdist.parallel.optimizer_state import (
+    ADAMW,
+    SGD,
+    check_state,
+    flatten,
+    load_state,
+    state_of,
+    unflatten,
+)
+from dbdist.parallel.shared_sync import Averaged, Sharded
+from dbdist.parallel.topology import Topology
+from dbdist.training.rank_state import OwnedBlock, RankState, prefixed
+
+
+def files_of(state: RankState) -> Files:
+    """What this rank writes: its blocks if it is their first replica (with its copy of the
+    shared modules if that is private), and on the coordinator the shared modules of all.
+    Collective, where something is split among ranks."""
+    files: dict[str, dict[str, Tensor]] = {}
+    for owned in state.blocks:
+        files.update(_block_files(state, owned))
+    if not state.topology.is_leader:
+        files = {}
+    sync, shared = state.sync, state.shared_parameters
+    shared_optimizer = optimizer_file(SHARED)
+    if isinstance(sync, Sharded):
+        files[shared_optimizer] = flatten(sync.optimizer_state())
+    if not state.topology.is_coordinator:
+        files.pop(shared_optimizer, None)
+        return files
+    if isinstance(sync, Averaged):
+        files[SHARED] = {**sync.anchor}
+        if sync.outer is not None:
+            files[shared_optimizer] = flatten(state_of(sync.outer, sync.anchor))
+    elif not state.is_private:
+        files[SHARED] = {**shared}
+        if not isinstance(sync, Sharded):
+            assert sync.optimizer is not None
+            files[shared_optimizer] = flatten(state_of(sync.optimizer, shared))
+        if state.ema:
+            files[ema_file(SHARED)] = {k: state.ema.averages[PREFIX + k] for k in shared}
+    return files
+
+
+def _block_files(state: RankState, owned: OwnedBlock) -> dict[str, dict[str, Tensor]]:
+    name, engine, shared = block_file(owned.index), owned.engine, state.shared_parameters
+    files = {name: engine.weights()}
+    moments = flatten(engine.optimizer_state())
+    if state.ema:
+        files[ema_file(name)] = {
+            k: engine.whole(p, state.ema.averages[k]) for k, p in owned.parameters.items()
+        }
+    if state.is_private:
+        files[name] |= prefixed(shared)
+        if state.sync.optimizer is not None:
+            moments |= flatten(state_of(state.sync.optimizer, shared), PREFIX)
+        if state.ema:
+            own = {k: state.ema.averages[k] for k in prefixed(shared)}
+            files[ema_file(name)] |= own
+    files[optimizer_file(name)] = moments
+    return files
+
+
+def restore(state: RankState, checkpoint: Checkpoint) -> None:
+    """The inverse of `files_of`, whichever topology wrote them. Everything that this rank needs is
+    read and checked, on all ranks, before the first weight changes. Collective. Raises
+    CheckpointError."""
+    topology, indices = state.topology, [owned.index for owned in state.blocks]
+    with topology.agree("reading the checkpoint"):
+        checkpoint.check_fits(describe_model(state.config, state.spec))
+        has_common = checkpoint.has(SHARED)
+        needed = files_to_restore(state.config, topology, indices, has_common=has_common)
+        read: dict[str, dict[str, Tensor]] = {}
+        if isinstance(state.sync, Averaged) and topology.is_coordinator and not has_common:
+            read[SHARED] = mean_shared(checkpoint, state.config.num_blocks)
+        read |= {file: checkpoint.tensors(file) for file in needed}
+        _check(state, checkpoint.path, read)
+    sync, shared = state.sync, state.shared_parameters
+    shared_optimizer = optimizer_file(SHARED)
+    if SHARED in read:
+        fill(state.shared, read.pop(SHARED), checkpoint.path / SHARED)
+    if isinstance(sync, Averaged):
+        with torch.no_grad():
+            for name, tensor in sync.anchor.items():
+                tensor.copy_(shared[name])
+        if sync.outer is not None and shared_optimizer in read:
+            load_state(sync.outer, sync.anchor, unflatten(read.pop(shared_optimizer)))
+    elif shared_optimizer in read:
+        moments = unflatten(read.pop(shared_optimizer))
+        if isinstance(sync, Sharded):
+            sync.take_over()
+            sync.set_optimizer_state(moments)
+        else:
+            assert sync.optimizer is not None
+            load_state(sync.optimizer, shared, moments)
+    if state.ema and ema_file(SHARED) in read:
+        state.ema.load(prefixed(read.pop(ema_file(SHARED))))
+    for owned in state.blocks:
+        _restore_block(state, checkpoint, owned, read)
+
+
+def _check(state: RankState, path: Path, read: Files) -> None:
+    """Raises CheckpointError, naming file and tensor, unless the files hold what `restore` will
+    take from them."""
+    own_shared = {name: p.shape for name, p in state.shared_parameters.items()}
+    kinds = SGD if isinstance(state.sync, Averaged) else ADAMW
+    together = own_shared if isinstance(state.sync, Sharded) else ()
+    for file in (SHARED, ema_file(SHARED)):
+        if file in read:
+            check_weights(own_shared, read[file], path / file)
+    if (file := optimizer_file(SHARED)) in read:
+        check_state(unflatten(read[file]), own_shared, kinds, path / file, together)
+    is_zero = state.config.parallel.replica_engine == "deepspeed"
+    for owned in state.blocks:
+        name, shapes = block_file(owned.index), dict(owned.shapes)
+        if state.is_private:
+            shapes |= prefixed(own_shared)
+        for file in (name, ema_file(name)):
+            if file in read:
+                check_weights(shapes, read[file], path / file)
+        file, together = optimizer_file(name), owned.shapes if is_zero else ()
+        check_state(unflatten(read[file]), shapes, ADAMW, path / file, together)
+
+
+def _restore_block(
+    state: RankState, checkpoint: Checkpoint, owned: OwnedBlock, read: dict[str, dict[str, Tensor]]
+) -> None:
+    """read: what `_check` has accepted; the block's files are taken out of it."""
+    name, engine = block_file(owned.index), owned.engine
+    if state.ema:  # through the weights: an engine knows how to split these
+        averages, private = split_private(read.pop(ema_file(name)))
+        engine.set_weights(averages.items())
+        state.ema.load({k: engine.part(p) for k, p in owned.parameters.items()})
+        state.ema.load(prefixed(private))
+    layers, private = split_private(read.pop(name))
+    engine.set_weights(layers.items())
+    tensors = read.pop(optimizer_file(name))
+    engine.set_optimizer_state(unflatten(split_private(tensors)[0]))
+    if state.is_private:
+        fill(state.shared, private, checkpoint.path / name)
+        assert state.sync.optimizer is not None
+        load_state(state.sync.optimizer, state.shared_parameters, unflatten(tensors, PREFIX))
+
+
+def files_to_restore(
+    config: Config, topology: Topology, blocks: list[int], *, has_common: bool = True
+) -> list[str]:
+    """The files of a checkpoint that `restore` reads on this rank, which owns these
+    blocks, and no others. has_common: whether it holds what all blocks share; blocks that were
+    saved by themselves leave none."""
+    p, has_ema = config.parallel, config.train.ema_decay > 0
+    is_parallel = config.mode == "block_parallel"
+    is_private = is_parallel and p.sync != "step"
+    is_averaged = is_parallel and p.sync == "every" and p.blocks is None
+    files = [SHARED] if (is_averaged and has_common) or not is_private else []
+    if is_averaged:
+        is_plain = p.outer_lr == 1 and p.outer_momentum == 0
+        has_optimizer = topology.is_coordinator and not is_plain and has_common
+    else:
+        is_sharded = p.coordinator == "sharded"
+        has_optimizer = not is_private and (
+            not is_parallel or is_sharded or topology.is_coordinator
+        )
+    if has_optimizer:
+        files.append(optimizer_file(SHARED))
+    if has_ema and not is_private:
+        files.append(ema_file(SHARED))
+    for name in map(block_file, blocks):
+        files += [name, optimizer_file(name), *([ema_file(name)] if has_ema else [])]
+    return files
+
+
+def mean_shared(checkpoint: Checkpoint, num_blocks: int) -> dict[str, Tensor]:
+    """The mean of the blocks' own shared modules: the common parameters of blocks that were saved
+    by themselves. Summed in block order, as `coordinator` does. Raises CheckpointError."""
+    total: dict[str, Tensor] = {}
+    for block in range(num_blocks):
+        _, private = split_private(checkpoint.tensors(block_file(block)))
+        if total and total.keys() != private.keys():
+            path = checkpoint.path / block_file(block)
+            raise CheckpointError(f"{path} has other shared modules than block 0's file")
+        total = {name: total[name] + t if total else t for name, t in private.items()}
+    return {name: tensor / num_blocks for name, tensor in total.items()}

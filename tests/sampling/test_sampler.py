@@ -1,0 +1,177 @@
+"""The sampler against a written-out Euler loop for several shapes; starts, draws, guidance."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from dbdist.processes.gaussian import NoiseSchedule
+from dbdist.sampling.sampler import Sampler
+
+SCHEDULE = NoiseSchedule(3, p_mean=0.0)
+
+
+@dataclass(frozen=True)
+class Twice:
+    """A task whose head's output is half the denoised state."""
+
+    def denoised(self, output):
+        return 2 * output
+
+    def probabilities(self, output):
+        return output.flatten(1).cumsum(1)
+
+
+def denoise(condition, z, sigma_N):
+    """Any smooth function of the condition, the state and its level."""
+    shape = (-1, *[1] * (z.ndim - 1))
+    return torch.tanh(condition.reshape(shape) + z / (1 + sigma_N.reshape(shape)))
+
+
+def euler(sampler, condition, z):
+    """Every step on all states at once; the answer at each step."""
+    sigmas = sampler.schedule.grid(sampler.num_steps, sampler.sigma_start).tolist()
+    answers = []
+    for i, sigma in enumerate(sigmas):
+        level = torch.full((len(z),), sigma, dtype=z.dtype)
+        output = denoise(condition, z, level)
+        if sampler.guidance_scale:
+            free = denoise(torch.zeros_like(condition), z, level)
+            output = free + sampler.guidance_scale * (output - free)
+        answers.append(output.flatten(1).cumsum(1))
+        if i + 1 < len(sigmas):
+            direction = (z - 2 * output) / sigma  # dz/dsigma of the probability-flow ODE
+            z = z + (sigmas[i + 1] - sigma) * direction
+    return z, answers
+
+
+def run(sampler, condition, z):
+    answers = []
+    for block in range(sampler.schedule.num_blocks):
+        z, answer = sampler.run_block(block, denoise, Twice(), condition, z)
+        answers.append(answer)
+    return z, answers
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 3), (4, 5)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_steps": 3},
+        {"num_steps": 7},
+        {"num_steps": 6, "sigma_start": 5.0},
+        {"num_steps": 4, "guidance_scale": 1.5},
+    ],
+)
+def test_the_blocks_together_take_the_euler_steps(float64, shape, options):
+    sampler = Sampler(SCHEDULE, **options)
+    generator = torch.Generator().manual_seed(0)
+    condition = torch.randn(4, generator=generator)
+    z = torch.randn(4, *shape, generator=generator) * float(sampler.sigmas[0])
+    own_z, own_answers = run(sampler, condition, z)
+    z, answers = euler(sampler, condition, z)
+    torch.testing.assert_close(own_z, z, rtol=1e-12, atol=1e-12)
+    for block, answer in enumerate(own_answers):
+        last = max(sampler.steps_of(block))
+        torch.testing.assert_close(answer, answers[last], rtol=1e-12, atol=1e-12)
+
+
+def test_every_step_belongs_to_one_block():
+    sampler = Sampler(SCHEDULE, 8)
+    steps = [sampler.steps_of(block) for block in range(3)]
+    assert [i for own in steps for i in own] == list(range(8))
+    sampler = Sampler(SCHEDULE, 4, blocks=(0, 0, 2, 2))
+    assert [sampler.steps_of(block) for block in range(3)] == [[0, 1], [], [2, 3]]
+
+
+def test_a_single_step_reads_out_where_it_starts_and_leaves_the_state(float64):
+    sampler = Sampler(NoiseSchedule(1), 1, sigma_start=3.0)
+    condition, z = torch.ones(2), torch.ones(2, 4)
+    own_z, answer = sampler.run_block(0, denoise, Twice(), condition, z)
+    assert torch.equal(own_z, z)
+    torch.testing.assert_close(answer, denoise(condition, z, torch.full((2,), 3.0)).cumsum(1))
+
+
+@pytest.mark.parametrize("num_draws", [1, 3])
+def test_draws_of_a_sample_are_adjacent_and_their_answers_averaged(float64, num_draws):
+    sampler = Sampler(SCHEDULE, 5, "noise", num_draws=num_draws)
+    condition = torch.tensor([0.3, -0.7])
+    z = sampler.initial_state(2, (4,), 0, 0, torch.float64)
+    assert z.shape == (2 * num_draws, 4)
+    own_z, own = run(sampler, condition, z)
+    single = Sampler(SCHEDULE, 5, "noise")
+    for sample in range(2):
+        rows = slice(sample * num_draws, (sample + 1) * num_draws)
+        apart = [
+            run(single, condition[sample : sample + 1], z[i : i + 1])
+            for i in range(rows.start, rows.stop)
+        ]
+        torch.testing.assert_close(
+            own_z[rows], torch.cat([z for z, _ in apart]), rtol=1e-12, atol=1e-14
+        )
+        for block in range(3):
+            mean = sum(answers[block][0] for _, answers in apart) / num_draws
+            torch.testing.assert_close(own[block][sample], mean, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+def test_guidance_is_linear_between_the_zero_and_the_true_condition(float64, scale):
+    calls = []
+
+    def counted(condition, z, sigma_N):
+        calls.append(condition)
+        return denoise(condition, z, sigma_N)
+
+    condition, z, sigma = torch.tensor([0.5, 1.0]), torch.ones(2, 3), torch.tensor([1.0, 2.0])
+    guided = Sampler(SCHEDULE, 3, guidance_scale=scale).guided(counted, condition, z, sigma)
+    with_image = denoise(condition, z, sigma)
+    without = denoise(torch.zeros(2), z, sigma)
+    expected = with_image if scale == 0 else (1 - scale) * without + scale * with_image
+    torch.testing.assert_close(guided, expected, rtol=1e-12, atol=1e-14)
+    assert len(calls) == (1 if scale == 0 else 2), "without guidance one evaluation a step"
+
+
+def test_the_mean_start_is_zero():
+    z = Sampler(SCHEDULE, 3, "mean").initial_state(5, (2, 4, 4), 0, 0, torch.float64)
+    assert z.shape == (5, 2, 4, 4)
+    assert z.dtype == torch.float64
+    assert not z.any()
+
+
+@pytest.mark.parametrize("sigma_start", [None, 2.0])
+def test_the_noise_start_has_the_variance_of_the_first_level(sigma_start):
+    sampler = Sampler(SCHEDULE, 6, "noise", sigma_start)
+    z = sampler.initial_state(400, (50,), 0, 0, torch.float32)
+    assert z.std().item() == pytest.approx(math.sqrt(1 + (sigma_start or 80.0) ** 2), rel=0.02)
+    assert abs(z.mean().item()) < 0.03 * z.std().item()
+
+
+def test_the_noise_start_is_named_by_seed_and_batch():
+    sampler = Sampler(SCHEDULE, 6, "noise")
+
+    def start(seed, batch_idx):
+        return sampler.initial_state(3, (4,), seed, batch_idx, torch.float32)
+
+    assert torch.equal(start(0, 1), start(0, 1))
+    assert not torch.equal(start(0, 1), start(0, 2))
+    assert not torch.equal(start(0, 1), start(1, 1))
+
+
+def test_a_perfect_denoiser_is_followed_to_the_clean_state(float64):
+    clean = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(SCHEDULE, 6, "noise")
+    z = sampler.initial_state(4, (5,), 0, 0, torch.float64)
+    for block in range(3):
+        z, _ = sampler.run_block(block, lambda c, z, s: clean / 2, Twice(), torch.zeros(4), z)
+    residue = (z - clean).norm() / SCHEDULE.sigma_max
+    assert residue < 10 * SCHEDULE.sigma_min / SCHEDULE.sigma_max * math.sqrt(20)
+
+
+def test_without_noise_between_two_levels_nothing_is_random():
+    sampler = Sampler(SCHEDULE, 5)
+    state = torch.get_rng_state()
+    condition, z = torch.ones(2), torch.ones(2, 3)
+    first, again = run(sampler, condition, z), run(sampler, condition, z)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(torch.get_rng_state(), state)
