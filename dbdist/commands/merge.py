@@ -100,7 +100,7 @@ def open_run(path: Path) -> Run:
     config = read_config(path)
     if config is None:
         raise ConfigError(f"{path} holds no run (config.yaml is missing); give a trained one")
-    if config.mode != "block_parallel" or config.parallel.sync == "step":
+    if not config.has_copies:
         kind = f"parallel.sync: {config.parallel.sync}"
         kind = kind if config.mode == "block_parallel" else f"mode: {config.mode}"
         raise ConfigError(

@@ -27,6 +27,7 @@ from dbdist.errors import ConfigError, TopologyError
 from dbdist.monitor.ownership import human_bytes
 from dbdist.parallel.engines.zero_settings import settings
 from dbdist.parallel.layout import Layout, layout_of
+from dbdist.parallel.shared_sync import has_outer_step
 
 FLOAT_BYTES = 4  # of weights, gradients and optimizer, with train.precision bf16 too
 
@@ -51,7 +52,7 @@ def run(argv: list[str]) -> None:
         options.insert(0, "--config")
     cluster = Cluster(given.nodes, given.gpus_per_node)
     config = parse_config("dbdist plan", "", options).validate()
-    if config.parallel.blocks is not None:
+    if not config.is_joint:
         raise ConfigError(
             "parallel.blocks trains some blocks by themselves; plan places all, leave it out"
         )
@@ -222,28 +223,22 @@ class Plan:
 
     def _shared_values(self, rank: int) -> float:
         """Numbers that a rank holds of the shared modules: `parallel.coordinator` and `sync`."""
-        p, layout = self.config.parallel, self.layout
+        config, p, layout = self.config, self.config.parallel, self.layout
         has_block = layout.place_of(rank) is not None
         copies = 1.0 + self._has_average
-        if self._optimizer_is_everywhere:
-            copies += 3 * has_block
-            if rank == 0 and self.config.mode == "block_parallel" and p.sync == "every":
-                has_momentum = p.outer_momentum > 0
-                copies += 1 + (p.outer_lr != 1 or has_momentum) + has_momentum  # the average's
-        elif p.coordinator == "sharded":
+        if config.shared == "sharded":
             copies += 1 + 4 / layout.world_size  # its part, as weights and gradients of its own
-        else:
+        elif config.shared == "coordinated" and layout.needs_coordinator:
             copies += 1 + 2 * (rank == 0)
+        else:
+            copies += 3 * has_block
+            if rank == 0 and config.shared == "averaged":  # the average's
+                copies += 1 + has_outer_step(p) + (p.outer_momentum > 0)
         return copies * self.shared_parameters
 
     @property
     def _has_average(self) -> bool:
         return self.config.train.ema_decay > 0
-
-    @property
-    def _optimizer_is_everywhere(self) -> bool:
-        """Whether every rank steps its own copy of the shared modules."""
-        return self.config.mode == "end_to_end" or self.config.parallel.sync != "step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,17 +308,17 @@ def _about_shared(plan: Plan) -> str:
     """Who holds the shared modules, and who their optimizer."""
     config, world_size, count = plan.config, plan.layout.world_size, plan.shared_parameters
     p, moments = config.parallel, 2 * FLOAT_BYTES * count
-    if config.mode == "end_to_end":
-        owner = "with their optimizer"
-    elif p.sync == "never":
+    if config.shared == "private":
         owner = "with their optimizer; each block keeps its own"
-    elif p.sync == "every":
+    elif config.shared == "averaged":
         owner = f"with their optimizer; rank 0 averages them every {p.sync_every} steps"
-    elif p.coordinator == "sharded":
+    elif config.shared == "sharded":
         owner = f"their optimizer split over all ranks, {human_bytes(moments / world_size)} each"
-    else:
+    elif plan.layout.needs_coordinator:
         beside = "alone" if plan.layout.offset else "beside block 0"
         owner = f"their optimizer ({human_bytes(moments)}) on rank 0, {beside}"
+    else:
+        owner = "with their optimizer"
     return f"shared modules: {count:,} parameters on every rank, {owner}"
 
 

@@ -23,6 +23,7 @@ from dbdist.errors import ConfigError
 from dbdist.processes.gaussian import NoiseSchedule
 
 Mode = Literal["block_parallel", "sequential", "end_to_end"]
+Shared = Literal["coordinated", "sharded", "averaged", "private"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,33 @@ class Config:
         """The blocks of `parallel.blocks`, ascending; None: all."""
         blocks = self.parallel.blocks
         return tuple(sorted({blocks} if isinstance(blocks, int) else set(blocks or ()))) or None
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether this run trains all blocks; with parallel.blocks it trains some."""
+        return self.parallel.blocks is None
+
+    @property
+    def shared(self) -> Shared:
+        """How the blocks have the shared modules in common.
+
+        coordinated: one set, with one optimizer; so has every mode but block_parallel. sharded: one
+        set, whose optimizer is split over all ranks. averaged: each block steps a copy, and the
+        copies are averaged now and then. private: each block steps a copy that no other block sees.
+        """
+        p = self.parallel
+        if self.mode != "block_parallel":
+            return "coordinated"
+        if p.sync == "never" or not self.is_joint:
+            return "private"
+        if p.sync == "every":
+            return "averaged"
+        return "sharded" if p.coordinator == "sharded" else "coordinated"
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether each block steps a copy of the shared modules, which its own file holds."""
+        return self.shared in ("averaged", "private")
 
     @property
     def layers_of_block(self) -> list[range]:

@@ -30,8 +30,7 @@ def load_block(
 
 def files_of_block(config: Config, checkpoint: Checkpoint, block: int) -> list[str]:
     """The files that `load_block` reads."""
-    is_private = config.mode == "block_parallel" and config.parallel.sync != "step"
-    files = [block_file(block), *([] if is_private else [SHARED])]
+    files = [block_file(block), *([] if config.has_copies else [SHARED])]
     return [_averaged(checkpoint, file) for file in files]
 
 

@@ -35,6 +35,11 @@ class Layout:
     def world_size(self) -> int:
         return self.num_blocks * self.num_replicas + self.offset
 
+    @property
+    def needs_coordinator(self) -> bool:
+        """Whether shared modules travel: there are several blocks, or a rank without a block."""
+        return self.num_blocks > 1 or self.offset > 0
+
     def rank_of(self, block: int, replica: int) -> int:
         return self._ranks[block][replica]
 

@@ -2,10 +2,9 @@
 
 `begin()` is called when a step's shared gradients are final (accumulated, averaged over the block's
 replicas, clipped); the block's optimizer then steps; `finish()` returns when this rank's shared
-copy is up to date. Three ways, `parallel.sync`: `Coordinated` (step; `Sharded` where all ranks
-coordinate together), `Averaged` (every), `Private` (never, and every mode in which one process
-holds the whole model). A coordinator's sums run in block order, so the result has the same bits
-wherever it sits.
+copy is up to date. `Config.shared` names the way: `Coordinated`, `Sharded`, `Averaged`, or `Local`
+for private copies, and wherever one block has the shared modules for itself. A coordinator's sums
+run in block order, so the result has the same bits wherever it sits.
 """
 
 import time
@@ -16,13 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dbdist.config.options import ParallelConfig
 from dbdist.parallel.flat import FlatBuffer
 from dbdist.parallel.optimizer_state import State, load_state
 from dbdist.parallel.topology import Topology
 
 
-class Private:
-    """This rank steps its own copy and shares it with nobody."""
+class Local:
+    """This rank steps its copy, and no other block needs it."""
 
     wait_s = 0.0
     """Seconds spent waiting for other ranks since the start."""
@@ -153,14 +153,12 @@ class Averaged:
         topology: Topology,
         shared: nn.Module,
         optimizer: Optimizer | None,
-        every: int,
-        outer_lr: float = 1.0,
-        outer_momentum: float = 0.0,
+        options: ParallelConfig,
     ) -> None:
         """optimizer: of this rank's copy; None on a dedicated coordinator."""
         assert (optimizer is not None) == (topology.block is not None)
         self.optimizer = optimizer
-        self.every = every
+        self.every = options.sync_every
         self._topology = topology
         self._parameters = dict(shared.named_parameters())
         self._star = _Star(topology, self._parameters)
@@ -169,14 +167,14 @@ class Averaged:
         self.outer: torch.optim.SGD | None = None
         if topology.is_coordinator:
             self.anchor = {n: p.detach().clone() for n, p in sorted(self._parameters.items())}
-            if outer_lr != 1 or outer_momentum != 0:
+            if has_outer_step(options):
                 for tensor in self.anchor.values():
                     tensor.requires_grad_()
                 self.outer = torch.optim.SGD(
                     self.anchor.values(),
-                    lr=outer_lr,
-                    momentum=outer_momentum,
-                    nesterov=outer_momentum > 0,
+                    lr=options.outer_lr,
+                    momentum=options.outer_momentum,
+                    nesterov=options.outer_momentum > 0,
                 )
 
     @property
@@ -207,6 +205,11 @@ class Averaged:
                 self._star.buffer.pack(self.anchor)
         self._star.broadcast_down()
         self._star.buffer.unpack(self._parameters)
+
+
+def has_outer_step(options: ParallelConfig) -> bool:
+    """Whether `Averaged` moves by SGD towards the average, in place of taking it."""
+    return (options.outer_lr, options.outer_momentum) != (1, 0)
 
 
 class Sharded:
@@ -314,4 +317,4 @@ class Sharded:
         self.wait_s += time.perf_counter() - start
 
 
-SharedSync = Private | Coordinated | Averaged | Sharded
+SharedSync = Local | Coordinated | Averaged | Sharded

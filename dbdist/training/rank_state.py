@@ -19,7 +19,7 @@ from dbdist.monitor.ownership import Ownership
 from dbdist.parallel.agreement import digest_of, find_difference
 from dbdist.parallel.engines.ddp import Whole
 from dbdist.parallel.engines.engine import Engine, SharedGradients, check_engine, clip
-from dbdist.parallel.shared_sync import Averaged, Coordinated, Private, Sharded, SharedSync
+from dbdist.parallel.shared_sync import Averaged, Coordinated, Local, Sharded, SharedSync
 from dbdist.parallel.topology import Topology
 from dbdist.sampling.evaluation import Model
 from dbdist.training.ema import Ema
@@ -77,7 +77,7 @@ class RankState:
         self.sync = self._build_sync()
         self._shared_gradients = SharedGradients(topology, self.shared_parameters)
         self.ema: Ema | None = None
-        is_bystander = self.is_private and not self.blocks
+        is_bystander = config.has_copies and not self.blocks
         if config.train.ema_decay > 0 and not is_bystander:
             self.ema = Ema(config.train.ema_decay, self.parameters)
 
@@ -136,7 +136,7 @@ class RankState:
         """The first difference between weights that several ranks hold alike: copies of a block,
         and of the shared modules where all have the same. Collective among those ranks."""
         topology = self.topology
-        is_common = isinstance(self.sync, Coordinated | Sharded)
+        is_common = not self.config.has_copies
         ranks = range(topology.world_size) if is_common else topology.copies
         if len(ranks) == 1:
             return None
@@ -187,15 +187,8 @@ class RankState:
             shared_parameters=shared,
             optimizer_bytes=2 * optimized * self.shared.positions.element_size(),
             device=str(topology.device),
-            owns_shared=topology.is_coordinator or isinstance(self.sync, Private),
+            owns_shared=topology.is_coordinator or isinstance(self.sync, Local),
         )
-
-    @property
-    def is_private(self) -> bool:
-        """Whether each block's copy of the shared modules has values and an optimizer of its
-        own."""
-        is_parallel = self.config.mode == "block_parallel"
-        return is_parallel and not isinstance(self.sync, Coordinated | Sharded)
 
     def _build_engine(
         self, sizes: ViTConfig, index: int, seed: int | None
@@ -233,19 +226,16 @@ class RankState:
         )
 
     def _build_sync(self) -> SharedSync:
-        p, topology = self.config.parallel, self.topology
-        is_alone = p.sync == "never" or p.blocks is not None
-        if self.config.mode != "block_parallel" or is_alone:
-            return Private(self._adamw(self.shared.parameters()))
-        if p.coordinator == "sharded":
+        topology, kind = self.topology, self.config.shared
+        if kind == "sharded":
             return Sharded(topology, self.shared, self._adamw)
-        if p.sync == "step":
-            optimizer = self._adamw(self.shared.parameters()) if topology.is_coordinator else None
-            return Coordinated(topology, self.shared, optimizer)
-        optimizer = self._adamw(self.shared.parameters()) if self.blocks else None
-        return Averaged(
-            topology, self.shared, optimizer, p.sync_every, p.outer_lr, p.outer_momentum
-        )
+        if kind == "averaged":
+            optimizer = self._adamw(self.shared.parameters()) if self.blocks else None
+            return Averaged(topology, self.shared, optimizer, self.config.parallel)
+        if kind == "private" or not topology.layout.needs_coordinator:
+            return Local(self._adamw(self.shared.parameters()))
+        optimizer = self._adamw(self.shared.parameters()) if topology.is_coordinator else None
+        return Coordinated(topology, self.shared, optimizer)
 
 
 def own_blocks(config: Config, topology: Topology) -> list[int]:

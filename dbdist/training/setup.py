@@ -39,7 +39,7 @@ def train(
 
     tell: shows a line, from any thread; None: signals are not heard.
     """
-    grace_s = GRACE_S if config.parallel.sync != "step" else 0.0
+    grace_s = GRACE_S if config.has_copies else 0.0
     with hearing_signals(topology, tell, grace_s), ExitStack() as held:
         return _train(config, topology, held)
 
@@ -129,8 +129,8 @@ def needed_files(config: Config, topology: Topology, checkpoint: Checkpoint) -> 
     """The files that this rank will read of a checkpoint that it continues."""
     blocks, has_common = own_blocks(config, topology), checkpoint.has(SHARED)
     files = files_to_restore(config, topology, blocks, has_common=has_common)
-    is_averaged = config.parallel.sync == "every" and config.trained_blocks is None
-    if is_averaged and not has_common and topology.is_coordinator:  # it makes a mean of them
+    if config.shared == "averaged" and not has_common and topology.is_coordinator:
+        # It makes a mean of them.
         files += [block_file(b) for b in range(config.num_blocks) if b not in blocks]
     return files
 
@@ -159,8 +159,8 @@ def check_not_ahead(
     """Raises ConfigError where blocks have trained by themselves beyond the step from which a joint
     run of `sync: every` would start: it would replace what they did. (With `never` it would come to
     the same.) damaged: folders that do not count."""
-    p, start = config.parallel, checkpoint.step if checkpoint else 0
-    if config.trained_blocks is not None or p.sync != "every" or config.mode != "block_parallel":
+    start = checkpoint.step if checkpoint else 0
+    if config.shared != "averaged":
         return
     ahead: dict[int, int] = {}
     for path in sorted(step_folders(Path(config.run_dir) / "checkpoints"), key=step_of):
@@ -185,9 +185,9 @@ def _blocks_option(blocks: list[int]) -> str:
 
 def tell_of_parts(config: Config, checkpoint: Checkpoint | None, monitor: Monitor) -> None:
     """Warns of what blocks that were trained by themselves leave undone or behind."""
-    if config.trained_blocks is not None or config.parallel.sync == "step":
+    if not (config.is_joint and config.has_copies):
         return
-    if checkpoint is not None and config.parallel.sync == "every" and not checkpoint.has(SHARED):
+    if checkpoint is not None and config.shared == "averaged" and not checkpoint.has(SHARED):
         momentum = ", an outer momentum starts at zero" * (config.parallel.outer_momentum > 0)
         monitor.warn(
             f"{checkpoint.path} was saved block by block: the common parameters are the mean of "

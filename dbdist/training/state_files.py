@@ -31,7 +31,7 @@ from dbdist.parallel.optimizer_state import (
     state_of,
     unflatten,
 )
-from dbdist.parallel.shared_sync import Averaged, Sharded
+from dbdist.parallel.shared_sync import Averaged, Sharded, has_outer_step
 from dbdist.parallel.topology import Topology
 from dbdist.training.rank_state import OwnedBlock, RankState, prefixed
 
@@ -47,7 +47,7 @@ def files_of(state: RankState) -> Files:
         files = {}
     sync, shared = state.sync, state.shared_parameters
     shared_optimizer = optimizer_file(SHARED)
-    if isinstance(sync, Sharded):
+    if isinstance(sync, Sharded):  # collective
         files[shared_optimizer] = flatten(sync.optimizer_state())
     if not state.topology.is_coordinator:
         files.pop(shared_optimizer, None)
@@ -56,7 +56,7 @@ def files_of(state: RankState) -> Files:
         files[SHARED] = {**sync.anchor}
         if sync.outer is not None:
             files[shared_optimizer] = flatten(state_of(sync.outer, sync.anchor))
-    elif not state.is_private:
+    elif not state.config.has_copies:
         files[SHARED] = {**shared}
         if not isinstance(sync, Sharded):
             assert sync.optimizer is not None
@@ -74,7 +74,7 @@ def _block_files(state: RankState, owned: OwnedBlock) -> dict[str, dict[str, Ten
         files[ema_file(name)] = {
             k: engine.whole(p, state.ema.averages[k]) for k, p in owned.parameters.items()
         }
-    if state.is_private:
+    if state.config.has_copies:
         files[name] |= prefixed(shared)
         if state.sync.optimizer is not None:
             moments |= flatten(state_of(state.sync.optimizer, shared), PREFIX)
@@ -137,7 +137,7 @@ def _check(state: RankState, path: Path, read: Files) -> None:
     is_zero = state.config.parallel.replica_engine == "deepspeed"
     for owned in state.blocks:
         name, shapes = block_file(owned.index), dict(owned.shapes)
-        if state.is_private:
+        if state.config.has_copies:
             shapes |= prefixed(own_shared)
         for file in (name, ema_file(name)):
             if file in read:
@@ -160,7 +160,7 @@ def _restore_block(
     engine.set_weights(layers.items())
     tensors = read.pop(optimizer_file(name))
     engine.set_optimizer_state(unflatten(split_private(tensors)[0]))
-    if state.is_private:
+    if state.config.has_copies:
         fill(state.shared, private, checkpoint.path / name)
         assert state.sync.optimizer is not None
         load_state(state.sync.optimizer, state.shared_parameters, unflatten(tensors, PREFIX))
@@ -172,23 +172,18 @@ def files_to_restore(
     """The files of a checkpoint that `restore` reads on this rank, which owns these
     blocks, and no others. has_common: whether it holds what all blocks share; blocks that were
     saved by themselves leave none."""
-    p, has_ema = config.parallel, config.train.ema_decay > 0
-    is_parallel = config.mode == "block_parallel"
-    is_private = is_parallel and p.sync != "step"
-    is_averaged = is_parallel and p.sync == "every" and p.blocks is None
-    files = [SHARED] if (is_averaged and has_common) or not is_private else []
-    if is_averaged:
-        is_plain = p.outer_lr == 1 and p.outer_momentum == 0
-        has_optimizer = topology.is_coordinator and not is_plain and has_common
-    else:
-        is_sharded = p.coordinator == "sharded"
-        has_optimizer = not is_private and (
-            not is_parallel or is_sharded or topology.is_coordinator
-        )
-    if has_optimizer:
-        files.append(optimizer_file(SHARED))
-    if has_ema and not is_private:
-        files.append(ema_file(SHARED))
+    has_ema, is_coordinator = config.train.ema_decay > 0, topology.is_coordinator
+    optimizer = [optimizer_file(SHARED)]
+    ema = [ema_file(SHARED)] if has_ema else []
+    inner = optimizer if is_coordinator or not topology.layout.needs_coordinator else []
+    outer = optimizer if is_coordinator and has_outer_step(config.parallel) else []
+    of_shared = {
+        "coordinated": [SHARED, *inner, *ema],
+        "sharded": [SHARED, *optimizer, *ema],
+        "averaged": [SHARED, *outer] if has_common else [],
+        "private": [],
+    }
+    files = of_shared[config.shared]
     for name in map(block_file, blocks):
         files += [name, optimizer_file(name), *([ema_file(name)] if has_ema else [])]
     return files

@@ -98,13 +98,12 @@ class Trainer:
             self.writer.warn = monitor.warn
             self.writer.is_recorded = self.records.has
         if self.topology.is_coordinator:
-            p = self.config.parallel
-            is_joint_every = p.sync == "every" and self.has_all_blocks
-            self.writer.clean(self.start_step if is_joint_every else None)
+            is_averaged = self.config.shared == "averaged"
+            self.writer.clean(self.start_step if is_averaged else None)
         self.topology.barrier()
         self.state.set_training(True)
         evaluation, stopping = None, self.topology.watch.stopping
-        if self.config.parallel.sync == "never":
+        if self.config.shared == "private":
             stopping.max_apart_s = MAX_APART_S
         try:
             for step in range(self.start_step, self.max_steps):
@@ -116,7 +115,7 @@ class Trainer:
                 self.step = step + 1
                 evaluation = self._after_step(self.step)
             if self.stop is None:
-                if evaluation is None and self.has_all_blocks:  # there was nothing left to train
+                if evaluation is None and self.config.is_joint:  # there was nothing left to train
                     evaluation = self.evaluate(self.start_step)
                 self._finish_saving()
         finally:
@@ -324,7 +323,7 @@ class Trainer:
             if is_new:
                 self._after_step(self.step, is_stop=True)
             self._finish_saving()
-        elif is_new and self._is_sound and self._has_own_part:
+        elif is_new and self._is_sound and self._has_own_part():
             told = self._save_alone(stop)
         elif not stop.is_fault and stop.apart != GONE:
             self.writer.stay_alone()
@@ -357,12 +356,12 @@ class Trainer:
         done but the checkpoint."""
         config, is_last = self.config, step == self.max_steps
         is_eval = is_last or _is_due(step, config.eval.every_steps)
-        is_eval = is_eval and self.has_all_blocks and not is_stop
+        is_eval = is_eval and config.is_joint and not is_stop
         is_save = is_last or _is_due(step, config.checkpoint.every_steps) or is_stop
         is_log = is_eval or is_save or _is_due(step, config.train.log_every) or step == 1
         if _is_due(step, config.parallel.check_every) and not is_stop:
             self._compare_weights(step)
-        if is_last and not self._blocks_are_apart:
+        if is_last and not config.has_copies:
             self._stop_for_any_fault()
         scalars = self.records.measure(step) if is_log else {}
         if is_save:
@@ -370,7 +369,7 @@ class Trainer:
             self._save(step)
         else:
             self.writer.poll()
-        if is_last and self._blocks_are_apart:  # each has saved its own, and waited for nobody
+        if is_last and config.has_copies:  # each has saved its own, and waited for nobody
             self.topology.watch.at("waiting for the others", waits=True)
             self.stop = self.topology.watch.stopping.wait_for_all()
             if self.stop is not None:
@@ -410,25 +409,15 @@ class Trainer:
 
     # Set-up
 
-    @property
-    def has_all_blocks(self) -> bool:
-        """Whether this run has the whole model, or some of its blocks by themselves."""
-        return self.config.trained_blocks is None
-
     def _own_part(self) -> int | None:
         """The block whose part of each checkpoint this rank writes: its own, if that needs nothing
         of other ranks."""
-        is_writer = self._has_own_part and self.topology.is_leader
+        is_writer = self._has_own_part() and self.topology.is_leader
         return self.state.blocks[0].index if is_writer else None
 
-    @property
-    def _blocks_are_apart(self) -> bool:
-        """Whether each block can be saved without the others."""
-        return self.config.mode == "block_parallel" and self.config.parallel.sync != "step"
-
-    @property
     def _has_own_part(self) -> bool:
-        return self._blocks_are_apart and bool(self.state.blocks)
+        """Whether this rank can save its block without the other ranks."""
+        return self.config.has_copies and bool(self.state.blocks)
 
     def _trainee(self, owned: OwnedBlock) -> Trainee:
         config, device, block = self.config, self.topology.device, owned.index

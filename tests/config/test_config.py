@@ -259,3 +259,23 @@ def test_every_option_has_a_line_that_explains_it():
     assert len(found) > 60
     bare = [name for name, is_section, text in found if not is_section and len(text.split()) < 2]
     assert not bare
+
+
+@pytest.mark.parametrize(
+    ("options", "shared", "is_joint"),
+    [
+        ({}, "coordinated", True),
+        ({"parallel.coordinator": "dedicated"}, "coordinated", True),
+        ({"parallel.coordinator": "sharded"}, "sharded", True),
+        ({"parallel.sync": "every"}, "averaged", True),
+        ({"parallel.sync": "never"}, "private", True),
+        ({"parallel.sync": "every", "parallel.blocks": 1}, "private", False),
+        ({"parallel.sync": "never", "parallel.blocks": (0, 2)}, "private", False),
+        ({"mode": "sequential"}, "coordinated", True),
+        ({"mode": "end_to_end"}, "coordinated", True),
+    ],
+)
+def test_the_configuration_says_how_blocks_share(options, shared, is_joint):
+    config = changed(options).validate()
+    assert (config.shared, config.is_joint) == (shared, is_joint)
+    assert config.has_copies == (shared in ("averaged", "private"))
