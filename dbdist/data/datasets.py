@@ -6,23 +6,19 @@ that is augmented. Nothing here moves the global random generators, downloads or
 
 import hashlib
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from dbdist.config.options import AugmentConfig, DataConfig
+from dbdist.data.base import Batch, Key
 from dbdist.data.files import require
 from dbdist.data.readers import Split, class_folders, read_cifar, read_folder, read_small
 from dbdist.errors import DataError
-
-Key = int | tuple[int, int]
-"""A sample: its index, or (index, augment_seed)."""
-Batch = tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]
 
 READY_BYTES = 2**26
 """Sets up to this size that are not augmented are normalised once instead of in each batch."""
@@ -45,6 +41,12 @@ class DatasetSpec:
     """Per channel, of training images in [0, 1]; likewise `std`."""
     std: tuple[float, ...]
     class_names: tuple[str, ...] | None
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this data from other data: classes, size and scaling."""
+        names = None if self.class_names is None else list(self.class_names)
+        values = asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+        return values | {"class_names": names}
 
 
 _DIGITS = tuple("0123456789")
@@ -123,7 +125,7 @@ def _standardize(pixels: Shaped[Tensor, "n c h w"], spec: DatasetSpec) -> Float[
     return (x - mean) / std
 
 
-class ImageDataset(Dataset[tuple[Tensor, int]]):
+class ImageDataset:
     """One split, from pixels in memory (uint8, or floats in [0, 1]) or from image files."""
 
     def __init__(
@@ -163,23 +165,23 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             digest.update("\n".join(names).encode())
         return digest.hexdigest()
 
-    def __getitem__(self, key: Key) -> tuple[Float[Tensor, "c h w"], int]:
-        images, labels = self.__getitems__([key])
-        return images[0], int(labels[0])
+    def __getitem__(self, key: Key) -> Batch:
+        """One sample: its "image" (c, h, w) and its "label"."""
+        return {name: values[0] for name, values in self.__getitems__([key]).items()}
 
     def __getitems__(self, keys: list[Key]) -> Batch:
-        """The batch of these samples; DataLoader calls this by itself."""
+        """The "image" (n, c, h, w) and "label" (n,) of these samples."""
         index = torch.tensor(
             [key if isinstance(key, int) else key[0] for key in keys], dtype=torch.int64
         )
         labels = self.labels.index_select(0, index)
         if self._ready is not None:
-            return self._ready.index_select(0, index), labels
+            return {"image": self._ready.index_select(0, index), "label": labels}
         pixels = self._pixels(index)
         if self._augment is not None and any(isinstance(key, tuple) for key in keys):
             seeds = [None if isinstance(key, int) else key[1] for key in keys]
             pixels = torch.stack([self._changed(*pair) for pair in zip(pixels, seeds, strict=True)])
-        return _standardize(pixels, self.spec), labels
+        return {"image": _standardize(pixels, self.spec), "label": labels}
 
     def _pixels(self, index: Int64[Tensor, " n"]) -> Shaped[Tensor, "n c h w"]:
         size = self.spec.image_size

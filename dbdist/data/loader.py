@@ -1,7 +1,7 @@
 # ruff: noqa: PT028 (test_batches is no test)
 """The order of samples: training batches of a block replica, test batches of a shard.
 
-Takes an `ImageDataset`, gives (images, labels). Position p of a block's training stream names its
+Takes a `Dataset`, gives its batches. Position p of a block's training stream names its
 sample and its augmentation, so batches do not depend on replicas, workers or where a run resumed.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dbdist import seeds
-from dbdist.data.datasets import Batch, ImageDataset, Key
+from dbdist.data.base import Batch, Dataset, Key
 from dbdist.errors import DataError
 
 
@@ -33,7 +33,7 @@ class BatchStream(Iterator[Batch]):
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: Dataset,
         batch_size: int,
         seed: int,
         block: int,
@@ -96,42 +96,42 @@ class BatchStream(Iterator[Batch]):
         return torch.randperm(len(self.dataset), generator=source)
 
 
-def num_test_samples(dataset: ImageDataset, batch_size: int, drop_last: bool = False) -> int:
+def num_test_samples(dataset: Dataset, batch_size: int, drop_last: bool = False) -> int:
     """Samples that the test batches of all shards hold together."""
     return len(dataset) - (len(dataset) % batch_size if drop_last else 0)
 
 
 def test_batches(
-    dataset: ImageDataset,
+    dataset: Dataset,
     batch_size: int,
     shard: int = 0,
     num_shards: int = 1,
     drop_last: bool = False,
     num_workers: int = 0,
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """(images, labels, batch_index) of batches shard, shard + num_shards, … in order."""
+) -> Iterator[tuple[Batch, int]]:
+    """(batch, batch_index) of batches shard, shard + num_shards, … in order."""
     starts = range(0, num_test_samples(dataset, batch_size, drop_last), batch_size)
     mine = range(shard, len(starts), num_shards)
     keys = ([*range(len(dataset))[starts[i] : starts[i] + batch_size]] for i in mine)
     batches = _load(dataset, keys, num_workers)
-    for i, (images, labels) in zip(mine, batches, strict=True):
-        yield images, labels, i
+    for i, batch in zip(mine, batches, strict=True):
+        yield batch, i
 
 
 test_batches.__test__ = False  # type: ignore  # nor shall pytest take it for one
 
 
 def _load(
-    dataset: ImageDataset, keys: Iterable[list[Any]], num_workers: int, pin_memory: bool = False
+    dataset: Dataset, keys: Iterable[list[Any]], num_workers: int, pin_memory: bool = False
 ) -> Generator[Batch, None, None]:
     """A generator of the batches of these keys, in order; ending or closing it ends its workers."""
     if num_workers == 0:
         for batch_keys in keys:
-            images, labels = dataset.__getitems__(batch_keys)
-            yield (images.pin_memory(), labels.pin_memory()) if pin_memory else (images, labels)
+            batch = dataset.__getitems__(batch_keys)
+            yield {n: v.pin_memory() for n, v in batch.items()} if pin_memory else batch
         return
     loader = DataLoader(
-        dataset,
+        cast(Any, dataset),
         batch_sampler=cast(Any, keys),
         num_workers=num_workers,
         prefetch_factor=2,
@@ -142,8 +142,7 @@ def _load(
     )
     workers: Any = iter(loader)
     try:
-        for images, labels in workers:
-            yield images, labels
+        yield from workers
     except (
         DataError
     ) as error:  # its text holds the worker's traceback; the last line is the message

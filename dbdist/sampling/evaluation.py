@@ -277,7 +277,8 @@ class _MicroBatches:
             return images, torch.zeros(1, dtype=torch.int64, device=self._device)
         batch_idx, start, stop = self.places[i]
         if self._batch is None or self._batch[0] != batch_idx:
-            images, labels, loaded = next(self._batches)
+            batch, loaded = next(self._batches)
+            images, labels = batch["image"], batch["label"]
             assert loaded == batch_idx, f"batch {loaded}, wanted {batch_idx}"
             self._batch = batch_idx, images.to(self._device, self._dtype), labels.to(self._device)
         return self._batch[1][start:stop], self._batch[2][start:stop]

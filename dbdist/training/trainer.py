@@ -259,7 +259,8 @@ class Trainer:
             self.state.ema.update()
 
     def _next_batch(self, trainee: Trainee) -> tuple[Tensor, Tensor]:
-        images, labels_N = next(trainee.batches)
+        batch = next(trainee.batches)
+        images, labels_N = batch["image"], batch["label"]
         device, dtype = self.topology.device, self.state.shared.positions.dtype
         return images.to(device, dtype, non_blocking=True), labels_N.to(device, non_blocking=True)
 

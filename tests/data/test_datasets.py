@@ -31,8 +31,8 @@ def test_small_sets_split_evenly_and_always_alike(name: Any, sizes: tuple[int, i
     torch.testing.assert_close(*shares, atol=0.002, rtol=0)
     again = load_dataset(config, "train")
     assert torch.equal(train.labels, again.labels)
-    images, _ = train.__getitems__(list(range(len(train))))
-    assert torch.equal(images, again.__getitems__(list(range(len(again))))[0])
+    images = train.__getitems__(list(range(len(train))))["image"]
+    assert torch.equal(images, again.__getitems__(list(range(len(again))))["image"])
     assert abs(float(images.mean())) < 1e-3
     assert abs(float(images.std()) - 1) < 1e-3
 
@@ -52,8 +52,8 @@ def test_specs_of_known_sets_need_no_files() -> None:
 def test_image_size_resizes() -> None:
     dataset = load_dataset(DataConfig(name="digits", image_size=16), "test")
     assert dataset.spec.image_size == 16
-    assert dataset[0][0].shape == (1, 16, 16)
-    assert cifar_like(image_size=24)[0][0].shape == (3, 24, 24)
+    assert dataset[0]["image"].shape == (1, 16, 16)
+    assert cifar_like(image_size=24)[0]["image"].shape == (3, 24, 24)
 
 
 @pytest.mark.parametrize("image_size", [None, 24])
@@ -64,14 +64,14 @@ def test_batches_normalised_ahead_equal_those_normalised_late(
     monkeypatch.setattr(module, "READY_BYTES", 0)
     late = cifar_like(image_size=image_size)
     keys: list[Any] = [3, 9, 3]
-    for one, other in zip(ahead.__getitems__(keys), late.__getitems__(keys), strict=True):
-        assert torch.equal(one, other)
+    one, other = ahead.__getitems__(keys), late.__getitems__(keys)
+    assert all(torch.equal(one[name], other[name]) for name in ("image", "label"))
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist5k"])
 def test_gray_images_can_be_augmented(name: Any) -> None:
     train = load_dataset(DataConfig(name=name, augment=AUGMENT), "train")
-    images, _ = train.__getitems__([(i, i) for i in range(50)])
+    images = train.__getitems__([(i, i) for i in range(50)])["image"]
     assert images.shape[1:] == (1, train.spec.image_size, train.spec.image_size)
     assert images.isfinite().all()
     assert not load_dataset(DataConfig(name=name, augment=AUGMENT), "test").augments
@@ -79,12 +79,12 @@ def test_gray_images_can_be_augmented(name: Any) -> None:
 
 def test_augmented_image_depends_on_its_seed_alone() -> None:
     dataset = cifar_like(AUGMENT)
-    alone = dataset[(4, 17)][0]
-    images, labels = dataset.__getitems__([(1, 5), (4, 17), 4, (4, 18)])
+    alone = dataset[(4, 17)]["image"]
+    images, labels = dataset.__getitems__([(1, 5), (4, 17), 4, (4, 18)]).values()
     assert labels.tolist() == [1, 4, 4, 4]
     assert torch.equal(images[1], alone)
     assert not torch.equal(images[3], alone)
-    assert torch.equal(images[2], cifar_like()[4][0])
+    assert torch.equal(images[2], cifar_like()[4]["image"])
 
 
 def test_augmentation_leaves_the_global_generator_alone() -> None:
@@ -101,7 +101,7 @@ def test_augmentation_without_any_change_is_none() -> None:
 def test_normalize_takes_what_the_dataset_gives() -> None:
     dataset = cifar_like()
     pixels = random_images()
-    expected, _ = dataset.__getitems__(list(range(10)))
+    expected = dataset.__getitems__(list(range(10)))["image"]
     assert torch.equal(normalize(pixels, dataset.spec), expected)
     torch.testing.assert_close(normalize(pixels.double() / 255, dataset.spec), expected)
     gray = dataset_spec(DataConfig(name="digits"))

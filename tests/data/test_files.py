@@ -113,7 +113,7 @@ def test_cifar100_subset_is_read_as_torchvision_reads_it(
     assert (len(train), len(test)) == (12, 5)
     expected = batch(12, "fine_labels", 100)["data"].reshape(-1, 3, 32, 32)[7] / 255
     mean, std = (np.array(v).reshape(3, 1, 1) for v in (train.spec.mean, train.spec.std))
-    image, label = train[7]
+    image, label = train[7].values()
     assert label == 7
     torch.testing.assert_close(image, torch.tensor((expected - mean) / std, dtype=torch.float32))
 
@@ -298,9 +298,9 @@ def test_tiny_imagenet_test_labels_come_from_its_annotations(tmp_path: Path) -> 
     train, test = load_dataset(data, "train"), load_dataset(data, "test")
     assert train.labels.tolist() == list(range(200))
     assert test.labels.tolist() == [199, 3]
-    image, _ = test[1]
+    image = test[1]["image"]
     assert image.shape == (3, 64, 64)
-    torch.testing.assert_close(image, train[3][0], atol=0.05, rtol=0)
+    torch.testing.assert_close(image, train[3]["image"], atol=0.05, rtol=0)
 
     (folder / "val" / "images" / "val_1.JPEG").unlink()
     assert "line 2" in refusal(data, "test")
@@ -317,7 +317,7 @@ def test_image_folder_is_resized_and_cropped_to_the_middle(tmp_path: Path, held_
     spec = dataset_spec(data)
     assert (spec.class_names, spec.num_classes, spec.image_size) == (("cat", "dog"), 2, 16)
     for split in ("train", "test"):
-        images, labels = load_dataset(data, split).__getitems__([1, 0])
+        images, labels = load_dataset(data, split).__getitems__([1, 0]).values()
         assert images.shape == (2, 3, 16, 16)
         assert labels.tolist() == [1, 0]
 

@@ -165,7 +165,7 @@ def test_a_changed_image_is_read_or_refused(folder, kind, data):
     (folder / "train/cat/a.png").write_bytes(data.draw(changed_bytes(ENCODED[kind])))
     train = load_dataset(config("image_folder", folder, image_size=16), "train")
     try:
-        image, _ = train[0]
+        image = train[0]["image"]
         assert image.shape == (3, 16, 16)
     except DataError as error:
         assert_one_sentence(error)

@@ -3,13 +3,22 @@
 import multiprocessing
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from dbdist.config.options import AugmentConfig, DataConfig
-from dbdist.data import BatchStream, ImageDataset, dataset_spec, num_test_samples, test_batches
+from dbdist.data import (
+    Batch,
+    BatchStream,
+    Dataset,
+    ImageDataset,
+    Key,
+    dataset_spec,
+    num_test_samples,
+    test_batches,
+)
 from dbdist.errors import DataError
 
 AUGMENT = AugmentConfig(crop_padding=2, flip=True, randaugment_ops=1)
@@ -22,20 +31,18 @@ def numbered(n: int = 10, augment: AugmentConfig | None = None) -> ImageDataset:
     return ImageDataset(dataset_spec(DataConfig()), "train", images, list(range(n)), augment)
 
 
-def stream(
-    dataset: ImageDataset, batch_size: int = 4, block: int = 0, **values: Any
-) -> BatchStream:
+def stream(dataset: Dataset, batch_size: int = 4, block: int = 0, **values: Any) -> BatchStream:
     return BatchStream(dataset, batch_size, seed=1, block=block, **values)
 
 
 def assert_same(ones: Any, others: Any) -> None:
     for one, other in zip(ones, others, strict=True):
-        assert torch.equal(one[0], other[0])
-        assert torch.equal(one[1], other[1])
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_each_epoch_holds_every_sample_once_across_the_seams() -> None:
-    seen = [int(i) for _, labels in stream(numbered(), num_steps=10) for i in labels]
+    seen = [int(i) for batch in stream(numbered(), num_steps=10) for i in batch["label"]]
     epochs = [seen[i : i + 10] for i in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -55,7 +62,8 @@ def test_parts_of_replicas_join_to_the_batch_of_one(num_replicas: int) -> None:
         for r in range(num_replicas)
     ]
     joined = [
-        tuple(torch.cat(x) for x in zip(*step, strict=True)) for step in zip(*parts, strict=True)
+        {name: torch.cat([batch[name] for batch in step]) for name in step[0]}
+        for step in zip(*parts, strict=True)
     ]
     assert_same(joined, whole)
 
@@ -133,6 +141,32 @@ def test_unreadable_image_is_told_in_one_sentence(tmp_path: Path, num_workers: i
     assert workers() == []
 
 
+class Points:
+    """A set of another kind: points of the plane, their squares, and nothing of images."""
+
+    spec, augments = cast(Any, None), False
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        points = torch.tensor(keys, dtype=torch.float64).unsqueeze(1) + torch.tensor([0.0, 0.5])
+        return {"point": points, "square": points**2}
+
+    def digest(self) -> str:
+        return ""
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_any_mapping_of_tensors_is_loaded(num_workers: int) -> None:
+    points = Points()
+    (batch,) = stream(points, batch_size=6, num_steps=1, num_workers=num_workers)
+    assert sorted(batch["point"][:, 0].tolist()) == [0, 1, 2, 3, 4, 5]
+    assert torch.equal(batch["square"], batch["point"] ** 2)
+    batches = list(test_batches(points, 4, num_workers=num_workers))
+    assert [(len(batch["point"]), i) for batch, i in batches] == [(4, 0), (2, 1)]
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("num_shards", [1, 2, 5])
 @pytest.mark.parametrize(("drop_last", "total"), [(False, 10), (True, 8)])
@@ -141,9 +175,9 @@ def test_shards_hold_every_test_sample_once(
 ) -> None:
     dataset = numbered()
     batches = {
-        i: labels.tolist()
+        i: batch["label"].tolist()
         for shard in range(num_shards)
-        for _, labels, i in test_batches(dataset, 4, shard, num_shards, drop_last, num_workers)
+        for batch, i in test_batches(dataset, 4, shard, num_shards, drop_last, num_workers)
         if i % num_shards == shard
     }
     assert [label for i in sorted(batches) for label in batches[i]] == list(range(total))

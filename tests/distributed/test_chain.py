@@ -67,7 +67,7 @@ def whole_sampler(config):
     last."""
     data = test_set(config)
     sampler = build_sampler(config)
-    images, labels = data.__getitems__(list(range(SAMPLES)))
+    images, labels = data.__getitems__(list(range(SAMPLES))).values()
     size = config.eval.batch_size
     starts = range(0, SAMPLES, size)
     width = config.model.hidden_size

@@ -175,7 +175,7 @@ def test_evaluation_and_export_agree_for_any_number_of_processes(ranks, tmp_path
     config = config_of(*options)
     export(config, tmp_path / "out")
     data = load_dataset(config.data, "test")
-    images, labels = data.__getitems__(list(range(len(data))))
+    images, labels = data.__getitems__(list(range(len(data)))).values()
     pixels = (
         images * torch.tensor(data.spec.std)[:, None, None]
         + torch.tensor(data.spec.mean)[:, None, None]

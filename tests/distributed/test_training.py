@@ -99,7 +99,7 @@ def single_process(options, sync):
         for b in range(num_blocks):
             own = shared[b % copies]
             indices = streams[b].indices_of_step(step)
-            images, labels = train_set.__getitems__(indices)
+            images, labels = train_set.__getitems__(indices).values()
             sigma = schedule.sample_sigma(
                 b, batch_size, seeds.generator(config.seed, "sigma", b, step)
             )
