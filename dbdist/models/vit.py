@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dbdist import seeds
 from dbdist.errors import ConfigError
+from dbdist.models.empty import to_empty
 
 LAYER_NORM_EPS = 1e-12
 NUM_FREQUENCIES = 256
@@ -262,7 +263,7 @@ def build_block(
 
 
 def _materialise(module: M, config: ViTConfig, seed: int | None, device: torch.device) -> M:
-    module.to_empty(device=device)
+    to_empty(module, device)
     if seed is not None:
         with torch.no_grad():
             for name, value in initial_weights(module, config.init, seed):

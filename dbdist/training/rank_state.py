@@ -22,6 +22,7 @@ from dbdist.parallel.engines.engine import Engine, SharedGradients, check_engine
 from dbdist.parallel.shared_sync import Averaged, Coordinated, Local, Sharded, SharedSync
 from dbdist.parallel.topology import Topology
 from dbdist.sampling.evaluation import Model
+from dbdist.training.adamw import AdamW
 from dbdist.training.ema import Ema
 
 
@@ -221,9 +222,9 @@ class RankState:
 
     def _adamw(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         t = self.config.train
-        return torch.optim.AdamW(
-            parameters, t.lr, t.betas, t.eps, weight_decay=t.weight_decay, fused=True
-        )
+        is_deepspeed = self.config.parallel.replica_engine == "deepspeed"
+        kind = torch.optim.AdamW if is_deepspeed else AdamW  # DeepSpeed refuses a subclass
+        return kind(parameters, t.lr, t.betas, t.eps, weight_decay=t.weight_decay, fused=True)
 
     def _build_sync(self) -> SharedSync:
         topology, kind = self.topology, self.config.shared
