@@ -1,10 +1,10 @@
-"""A command line becomes a `Config`; every mistake becomes one sentence."""
+"""A command line, or values from Python, become a `Config`; every mistake becomes one sentence."""
 
 import dataclasses
-import difflib
+import os
 import re
-from collections.abc import Iterator
-from typing import Any, get_args
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar, get_args
 
 import yaml
 from jsonargparse import (
@@ -17,20 +17,50 @@ from jsonargparse import (
 )
 
 from dbdist.config.config import Config
-from dbdist.config.yaml_files import YAML, load_yaml
+from dbdist.config.nearest import unknown
+from dbdist.config.presets import config_file
+from dbdist.config.yaml_files import dump_yaml, load_yaml, nested, read_yaml
 from dbdist.errors import ConfigError
+
+YAML = "dbdist"
+"""jsonargparse's name for `load_yaml`."""
+Section = TypeVar("Section")
 
 
 def parse_config(
     prog: str, description: str, argv: list[str], first: list[str] | None = None
 ) -> Config:
-    """The configuration of a command line: defaults, then `first` (e.g. a run's own config file),
-    then argv.
+    """The configuration of a command line: defaults, then `first`, then argv.
 
-    Raises ConfigError for anything that is not a valid configuration; --help prints every key and
-    exits.
+    first: words too, e.g. a run's own config file. Raises ConfigError for anything that is not a
+    valid configuration; --help prints every key and exits.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return _parsed(prog, description, _words([*(first or []), *argv]))
+
+
+def make_config(given: object, overrides: Mapping[str, Any]) -> Config:
+    """The configuration that Python code means by a Config, a mapping, a file or a preset.
+
+    overrides: values of dotted keys (`train.lr`, or `train__lr`), which win. Raises ConfigError.
+    """
+    if isinstance(given, Config):
+        values: Mapping[Any, Any] = dataclasses.asdict(given)
+    elif isinstance(given, Mapping):
+        values = given
+    elif isinstance(given, str | os.PathLike):
+        values = read_yaml(config_file(given))
+    else:
+        raise ConfigError(
+            f"a configuration is a Config, a mapping, a path or a preset's name, not "
+            f"{type(given).__name__}"
+        )
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    return _parsed("dbdist", "", [f"--config={_layer(v)}" for v in (values, dotted)])
+
+
+def _parsed(prog: str, description: str, words: list[str]) -> Config:
+    has_help = not {"-h", "--help"}.isdisjoint(words)
+    set_parsing_settings(docstring_parse_attribute_docstrings=has_help)  # takes half the time
     set_loader(YAML, load_yaml, (yaml.YAMLError,))
     parser = ArgumentParser(
         prog=prog,
@@ -40,11 +70,13 @@ def parse_config(
         parser_mode=YAML,
     )
     parser.add_argument(
-        "--config", action=ActionConfigFile, help="YAML file; later options override it."
+        "--config",
+        action=ActionConfigFile,
+        help="YAML file, or the name of a preset (`dbdist configs`); later options override it.",
     )
     parser.add_class_arguments(Config)
     try:
-        parsed = parser.parse_args([*(first or []), *_with_values(argv)])
+        parsed = parser.parse_args(words)
         for section, _ in _sections(Config):
             if not isinstance(parsed.get(section), Namespace):
                 raise ConfigError(f"{section} is {parsed.get(section)!r}; it must hold its keys")
@@ -58,11 +90,26 @@ def parse_config(
         raise ConfigError(f"the configuration is not a text file ({error})") from None
     except (OverflowError, ValueError) as error:  # numbers beyond floats, and of 4,300 digits
         raise ConfigError(f"a number of the configuration cannot be used ({error})") from None
-    return Config(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Config)})
+    return expanded(Config(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Config)}))
+
+
+def expanded(section: Section) -> Section:
+    """The same options with the home folder in place of `~` at the start of a text."""
+    assert dataclasses.is_dataclass(section)
+    assert not isinstance(section, type)
+    changed: dict[str, Any] = {}
+    for option in dataclasses.fields(section):
+        value = getattr(section, option.name)
+        if dataclasses.is_dataclass(value):
+            changed[option.name] = expanded(value)
+        elif isinstance(value, str) and value.startswith("~"):
+            changed[option.name] = os.path.expanduser(value)
+    return dataclasses.replace(section, **changed)
 
 
 def explain(error: str) -> str:
     """jsonargparse's message as one sentence, with the nearest known key for an unknown one."""
+    error = error.removeprefix('Parser key "config":').strip()
     if found := re.search(r"unrecognized arguments: --([\w.-]+)", error):
         return unknown("option", found[1], [*dict(_keys(Config)), "config"], "--")
     if found := re.search(r"Option '([\w.-]+)' is not accepted", error):
@@ -83,16 +130,8 @@ def _expectation(error: str) -> str:
         error = f"expected {types}, got {found[2]}"
     error = re.sub(r"Expected an? (.*)\. Got value: ", r"expected \1, got ", error)
     error = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", error).replace("NoneType", "null")
+    error = re.sub(r"^expected str, got (.*)", r"expected text, got \1; put it in quotes", error)
     return re.sub(r"(?:typing\.)?Literal\[(.*?)\]", lambda m: m[1].replace(", ", " or "), error)
-
-
-def unknown(kind: str, given: str, known: list[str], dashes: str = "") -> str:
-    # The right name under the wrong section comes before a similar one.
-    leaf = given.rpartition(".")[2]
-    nearest = [k for k in known if k.rpartition(".")[2] == leaf][:1]
-    nearest = nearest or difflib.get_close_matches(given, known, n=1, cutoff=0.3)
-    hint = f"; did you mean {dashes}{nearest[0]}?" if nearest else "; see --help"
-    return f"unknown {kind} {dashes}{given}{hint}"
 
 
 def _sections(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -111,12 +150,46 @@ def _keys(kind: Any) -> Iterator[tuple[str, Any]]:
                 yield f"{prefix}{field.name}", field.type
 
 
-def _with_values(argv: list[str]) -> list[str]:
-    """A bare `--checkpoint.resume` stands for `--checkpoint.resume true`."""
-    words: list[str] = []
-    for i, word in enumerate(argv):
-        is_bare = word == "--checkpoint.resume" and (
-            i + 1 == len(argv) or argv[i + 1].startswith("--")
-        )
-        words.append("--checkpoint.resume=true" if is_bare else word)
+def _words(argv: list[str]) -> list[str]:
+    """The words as jsonargparse takes them: a configuration file's content in place of its name, a
+    whole number for 5e4, `--checkpoint.resume true` for a bare `--checkpoint.resume`."""
+    sections, kinds = {name for name, _ in _sections(Config)}, dict(_keys(Config))
+    words, rest = [], [*argv]
+    while rest:
+        option, is_joined, value = rest.pop(0).partition("=")
+        has_value = bool(is_joined or (rest and not rest[0].startswith("--")))
+        if has_value and not is_joined:
+            value = rest.pop(0)
+        key = option.removeprefix("--")
+        if key == "config" and option != key and has_value:
+            option, value = "--config", _layer(read_yaml(config_file(value)))
+        elif key in sections and not value.lstrip().startswith("{"):
+            raise ConfigError(f"{key} is a section, not an option; give --{key}.KEY VALUE")
+        elif key == "checkpoint.resume" and not has_value:
+            has_value, value = True, "true"
+        elif int in (kinds.get(key), *get_args(kinds.get(key))):
+            value = str(int(float(value))) if _WHOLE.fullmatch(value) else value
+        words.append(f"{option}={value}" if has_value else option)
     return words
+
+
+_WHOLE = re.compile(r"[-+]?\d{1,15}(\.0*)?([eE]\+?\d)?")
+
+
+def _layer(values: Mapping[Any, Any]) -> str:
+    """YAML that sets these values; an empty section means its defaults."""
+    filled = nested(values)
+    for name, _ in _sections(Config):
+        *above, leaf = name.split(".")
+        section: Any = filled
+        for part in above:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and leaf in section:
+            if section[leaf] is None:
+                del section[leaf]
+            elif not isinstance(section[leaf], dict):
+                raise ConfigError(f"{name} is {section[leaf]!r}; it must hold its keys")
+    try:
+        return dump_yaml(filled)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"a value of the configuration cannot be used ({error})") from None
