@@ -23,6 +23,7 @@ from dbdist.checkpoint.names import MANIFEST
 from dbdist.commands.command_line import OneLineParser, guarded
 from dbdist.config.config import Config
 from dbdist.config.parse import parse_config
+from dbdist.data import ImageDataset
 from dbdist.training.state_files import files_of
 from dbdist.training.trainer import Trainer
 
@@ -43,17 +44,19 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--warmup", type=int, default=2, help="steps before (default: 2)")
     given, rest = parser.parse_known_args(argv)
     config = parse_config("dbdist.bench.save", "", rest).validate()
-    with prepared(config) as (config, images):
-        result = measure(config, given.block, given.warmup, given.steps, given.saves)
+    with prepared(config) as (config, train_set, images):
+        result = measure(config, train_set, given.block, given.warmup, given.steps, given.saves)
     for key in ("step_ms", "first_stall_ms", "stall_ms", "write_ms", "step_beside_write_ms"):
         print(f"{key:<22}{result[key]:>10.2f}")
     print(f"{'checkpoint_mb':<22}{result['checkpoint_mb']:>10.2f}")
     print(json.dumps({"config": config.data.name, "images": images, **result}))
 
 
-def measure(config: Config, block: int, warmup: int, steps: int, saves: int) -> dict[str, Any]:
+def measure(
+    config: Config, train_set: ImageDataset, block: int, warmup: int, steps: int, saves: int
+) -> dict[str, Any]:
     """Medians in milliseconds. Half of the saves are waited for, half have steps beside them."""
-    trainer = build_trainer(config, block)
+    trainer = build_trainer(config, train_set, block)
     writer, state = trainer.writer, trainer.state
     about = {"model": describe_model(config, trainer.train_set.spec)}
     step_ms = [_step_ms(trainer, step) for step in range(warmup + steps)][warmup:]

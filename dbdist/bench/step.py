@@ -2,13 +2,12 @@
 configs/cifar100.yaml`.
 
 One process trains one block (`--block`, alone: nothing is sent) with the configuration's own
-loader, and the profiler sums up the step's phases. Without the dataset's files, random images in
-CIFAR's on-disk format take their place. Prints a table and one line of JSON.
+loader, and the profiler sums up the step's phases. Without the dataset's files, random images of
+the same form take their place, which the result says. Prints a table and one line of JSON.
 """
 
 import dataclasses
 import json
-import pickle
 import platform
 import statistics
 import sys
@@ -16,17 +15,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dbdist.commands.command_line import OneLineParser, guarded
 from dbdist.config.config import Config
 from dbdist.config.parse import parse_config
-from dbdist.data import load_dataset
+from dbdist.data import ImageDataset, dataset_spec, load_dataset
+from dbdist.data.images import random_images
 from dbdist.errors import DataError
 from dbdist.monitor.ownership import peak_memory_mb
 from dbdist.parallel.layout import Layout
@@ -48,8 +46,8 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--warmup", type=int, default=2, help="steps before (default: 2)")
     given, rest = parser.parse_known_args(argv)
     config = parse_config("dbdist.bench.step", "", rest).validate()
-    with prepared(config) as (config, images):
-        result = measure(config, given.block, given.warmup, given.steps)
+    with prepared(config) as (config, train_set, images):
+        result = measure(config, train_set, given.block, given.warmup, given.steps)
     for phase in PHASES:
         share = result["share"][phase]
         print(f"{phase:<10}{result['ms'][phase]:>10.2f} ms {share:>7.1%}")
@@ -59,9 +57,11 @@ def run(argv: list[str]) -> None:
     print(json.dumps({"config": config.data.name, "images": images, **result}))
 
 
-def measure(config: Config, block: int, warmup: int, steps: int) -> dict[str, Any]:
+def measure(
+    config: Config, train_set: ImageDataset, block: int, warmup: int, steps: int
+) -> dict[str, Any]:
     """Means over steps of each phase's milliseconds and share of the step."""
-    trainer = build_trainer(config, block)
+    trainer = build_trainer(config, train_set, block)
     for step in range(warmup):
         trainer.train_step(step)
         synchronize()
@@ -98,24 +98,21 @@ def measure(config: Config, block: int, warmup: int, steps: int) -> dict[str, An
 
 
 @contextmanager
-def prepared(config: Config) -> Iterator[tuple[Config, str]]:
-    """(the configuration with a run_dir that goes away and images to train on, whose they are)."""
+def prepared(config: Config) -> Iterator[tuple[Config, ImageDataset, str]]:
+    """(the configuration with a run_dir that goes away, images to train on, whose they are)."""
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(config, run_dir=f"{folder}/run")
         try:
-            load_dataset(config.data, "train")
-            images = "the dataset's"
+            train_set, images = load_dataset(config.data, "train"), "the dataset's"
         except DataError:
-            if config.data.name != "cifar100":
+            if config.data.name == "image_folder":
                 raise
-            write_random_cifar100(Path(folder), num_train=2048)
-            data = dataclasses.replace(config.data, root=folder)
-            config = dataclasses.replace(config, data=data)
-            images = "random, in CIFAR-100's format"
-        yield config, images
+            spec = dataset_spec(config.data)
+            train_set, images = random_images(spec, 2048, config.data.augment), "random"
+        yield config, train_set, images
 
 
-def build_trainer(config: Config, block: int) -> Trainer:
+def build_trainer(config: Config, train_set: ImageDataset, block: int) -> Trainer:
     """The trainer of one block, in a world of its own."""
     if config.mode == "block_parallel":
         config = dataclasses.replace(
@@ -123,7 +120,6 @@ def build_trainer(config: Config, block: int) -> Trainer:
         )
     device = choose_device(config.device, local_rank=0)
     blocks = [0] if config.mode == "end_to_end" else [block]
-    train_set = load_dataset(config.data, "train")
     trainer = Trainer(
         config, Topology(Layout(1), device=device), train_set, train_set, blocks=blocks
     )
@@ -135,27 +131,6 @@ def synchronize() -> None:
     """Waits for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def write_random_cifar100(root: Path, num_train: int, num_test: int = 64) -> None:
-    """ROOT/cifar-100-python with random images, in the true on-disk format."""
-    folder = root / "cifar-100-python"
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for name, count in (("train", num_train), ("test", num_test)):
-        content = {
-            "data": random.integers(0, 256, (count, 3072), dtype=np.uint8),
-            "fine_labels": random.integers(0, 100, count).tolist(),
-            "coarse_labels": random.integers(0, 20, count).tolist(),
-            "filenames": [f"{i}.png" for i in range(count)],
-            "batch_label": name,
-        }
-        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-    meta = {
-        "fine_label_names": [f"class {i}" for i in range(100)],
-        "coarse_label_names": [f"group {i}" for i in range(20)],
-    }
-    (folder / "meta").write_bytes(pickle.dumps(meta, protocol=2))
 
 
 if __name__ == "__main__":

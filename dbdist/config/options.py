@@ -67,6 +67,9 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     num_workers: int = 0
     """Processes per rank that load and augment ahead of training; 0: in the training process."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """A picture that cannot be read: the run saves and stops, or another picture of its class takes
+    its place, always the same one, and a warning names it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,20 +11,14 @@ import io
 import os
 import shutil
 import socket
-import stat
-import struct
-import tarfile
 import threading
 import urllib.request
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 from dbdist.config.options import DataConfig
+from dbdist.data.archives import unpack
 from dbdist.errors import DataError
 
 PROBE_S = 3.0
@@ -187,54 +181,3 @@ def _fetch(archive: Archive, root: Path) -> None:
     finally:
         socket.setdefaulttimeout(old_timeout)
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """The folders and files of a .zip or .tar.gz, below this folder. DataError, naming the member,
-    for one that is neither or would lie elsewhere; of those after it nothing is written."""
-    try:
-        for name, content in _members(archive):
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or "\0" in name:
-                raise DataError(f"{archive} is refused: {name!r} would lie outside its folder")
-            target = folder / path
-            if content is None:
-                target.mkdir(parents=True, exist_ok=True)
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with content() as read, target.open("xb") as written:
-                shutil.copyfileobj(read, written)
-    except (
-        *(EOFError, OSError, struct.error, tarfile.TarError, zipfile.BadZipFile, zlib.error),
-        *(NotImplementedError, RuntimeError, ValueError),  # zip: unknown, encrypted
-    ) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{archive} cannot be unpacked: {reason}") from error
-
-
-def _members(archive: Path) -> Iterator[tuple[str, Callable[[], Any] | None]]:
-    """(name, how to read it) of each file, (name, None) of each folder. DataError for a link or a
-    device, which no data set has."""
-
-    def refuse(name: str) -> DataError:
-        return DataError(f"{archive} is refused: {name!r} is a link or a device, not a file")
-
-    if archive.suffix == ".zip":
-        with zipfile.ZipFile(archive) as opened:
-            for info in opened.infolist():
-                kind = stat.S_IFMT(info.external_attr >> 16)
-                if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                    raise refuse(info.filename)
-                yield info.filename, None if info.is_dir() else partial(opened.open, info)
-        return
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            if not (member.isreg() or member.isdir()):
-                raise refuse(member.name)
-            yield member.name, None if member.isdir() else partial(_extracted, tar, member)
-
-
-def _extracted(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
-    content = tar.extractfile(member)
-    assert content is not None, f"{member.name} is a file"
-    return content

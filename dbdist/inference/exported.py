@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dbdist.checkpoint.snapshot import Snapshot
 from dbdist.checkpoint.weights import check_weights, fill, load_weights
-from dbdist.data.datasets import DatasetSpec, normalize
+from dbdist.data import DatasetSpec, normalize
 from dbdist.errors import CheckpointError, UserError
 from dbdist.models import vit
 from dbdist.models.denoiser import Denoiser

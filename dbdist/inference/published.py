@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dbdist.checkpoint.weights import fill, load_weights
-from dbdist.data.datasets import DatasetSpec
+from dbdist.data import DatasetSpec
 from dbdist.errors import CheckpointError, ConfigError
 from dbdist.inference.exported import describe, save_model
 from dbdist.models import vit

@@ -13,22 +13,24 @@ from dbdist.data import (
     Batch,
     BatchStream,
     Dataset,
-    ImageDataset,
+    ImageFiles,
+    ImagesInMemory,
     Key,
     dataset_spec,
     num_test_samples,
     test_batches,
 )
+from dbdist.data.folders import PictureFile
 from dbdist.errors import DataError
 
 AUGMENT = AugmentConfig(crop_padding=2, flip=True, randaugment_ops=1)
 
 
-def numbered(n: int = 10, augment: AugmentConfig | None = None) -> ImageDataset:
+def numbered(n: int = 10, augment: AugmentConfig | None = None) -> ImagesInMemory:
     """Random images whose labels are their indices."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator)
-    return ImageDataset(dataset_spec(DataConfig()), "train", images, list(range(n)), augment)
+    return ImagesInMemory(dataset_spec(DataConfig()), images, list(range(n)), augment)
 
 
 def stream(dataset: Dataset, batch_size: int = 4, block: int = 0, **values: Any) -> BatchStream:
@@ -133,7 +135,9 @@ def test_unreadable_image_is_told_in_one_sentence(tmp_path: Path, num_workers: i
     path = tmp_path / "a.png"
     path.write_bytes(b"no image")
     spec = dataset_spec(DataConfig(name="tiny-imagenet"))
-    broken = stream(ImageDataset(spec, "train", [path] * 4, [0] * 4), num_workers=num_workers)
+    broken = stream(
+        ImageFiles(spec, tmp_path, [PictureFile(path, 8)] * 4, [0] * 4), num_workers=num_workers
+    )
     with pytest.raises(DataError) as caught:
         next(broken)
     assert str(caught.value).startswith(f"{path} is not a readable image")

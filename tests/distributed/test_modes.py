@@ -7,9 +7,10 @@ import torch
 from ranks import config_of
 
 from dbdist import seeds
-from dbdist.bench.step import measure, write_random_cifar100
+from dbdist.bench.step import measure
 from dbdist.config.parse import parse_config
-from dbdist.data import load_dataset
+from dbdist.data import dataset_spec, load_dataset
+from dbdist.data.images import random_images
 from dbdist.parallel.layout import layout_of
 from dbdist.parallel.topology import Topology
 from dbdist.training.trainer import Trainer
@@ -96,13 +97,10 @@ def test_the_learning_rate_warms_up_then_follows_half_a_cosine(tmp_path):
     assert lr(7) == pytest.approx(expected)
 
 
-def test_a_block_step_of_the_cifar100_shape_is_forward_backward_and_optimizer(tmp_path):
+def test_a_block_step_of_the_cifar100_shape_is_forward_backward_and_optimizer():
     """At least 95 % of its time, with the configuration's own augmentation in one worker."""
-    write_random_cifar100(tmp_path, num_train=512)
-    config = parse_config(
-        "test",
-        "",
-        ["--config", "configs/cifar100.yaml", f"--data.root={tmp_path}", "--data.num_workers=1"],
-    ).validate()
-    result = measure(config, block=1, warmup=1, steps=2)
+    words = ["--config", "configs/cifar100.yaml", "--data.num_workers=1"]
+    config = parse_config("test", "", words).validate()
+    train_set = random_images(dataset_spec(config.data), 512, config.data.augment)
+    result = measure(config, train_set, block=1, warmup=1, steps=2)
     assert result["compute_share"] >= 0.95, result["share"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dbdist.config.options import AugmentConfig, DataConfig
-from dbdist.data import ImageDataset, dataset_spec, load_dataset, normalize
-from dbdist.data import datasets as module
+from dbdist.data import ImagesInMemory, dataset_spec, load_dataset, normalize
+from dbdist.data import images as module
 
 AUGMENT = AugmentConfig(crop_padding=2, flip=True, randaugment_ops=2)
 
@@ -17,24 +17,9 @@ def random_images(size: int = 32, n: int = 10, channels: int = 3) -> torch.Tenso
     return torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=generator)
 
 
-def cifar_like(augment: AugmentConfig | None = None, **values: Any) -> ImageDataset:
+def cifar_like(augment: AugmentConfig | None = None, **values: Any) -> ImagesInMemory:
     spec = dataset_spec(DataConfig(name="cifar10", **values))
-    return ImageDataset(spec, "train", random_images(), list(range(10)), augment)
-
-
-@pytest.mark.parametrize(("name", "sizes"), [("digits", (1437, 360)), ("mnist5k", (4000, 1000))])
-def test_small_sets_split_evenly_and_always_alike(name: Any, sizes: tuple[int, int]) -> None:
-    config = DataConfig(name=name)
-    train, test = load_dataset(config, "train"), load_dataset(config, "test")
-    assert (len(train), len(test)) == sizes
-    shares = [torch.bincount(d.labels, minlength=10) / len(d) for d in (train, test)]
-    torch.testing.assert_close(*shares, atol=0.002, rtol=0)
-    again = load_dataset(config, "train")
-    assert torch.equal(train.labels, again.labels)
-    images = train.__getitems__(list(range(len(train))))["image"]
-    assert torch.equal(images, again.__getitems__(list(range(len(again))))["image"])
-    assert abs(float(images.mean())) < 1e-3
-    assert abs(float(images.std()) - 1) < 1e-3
+    return ImagesInMemory(spec, random_images(), list(range(10)), augment)
 
 
 def test_specs_of_known_sets_need_no_files() -> None:
@@ -123,3 +108,12 @@ def test_normalize_takes_what_the_dataset_gives() -> None:
 def test_normalize_refuses_other_images(images: torch.Tensor, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         normalize(images, dataset_spec(DataConfig(name="cifar10")))
+
+
+def test_random_images_take_the_form_of_a_set_and_are_the_same_each_time() -> None:
+    spec = dataset_spec(DataConfig(name="cifar100"))
+    one, other = (module.random_images(spec, 20, AUGMENT) for _ in range(2))
+    assert len(one) == 20
+    assert one.augments
+    assert one[3]["image"].shape == (3, 32, 32)
+    assert one.digest() == other.digest()

@@ -1,0 +1,148 @@
+"""One picture file to pixels, as a viewer shows it: upright, opaque and with 8 bits a channel.
+
+The pixels are those of the first frame. A picture whose meaning is not certain is refused by name.
+"""
+
+import contextlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from torch import Tensor
+
+from dbdist.data.paths import require_file, shown
+from dbdist.errors import DataError
+
+FORMATS = {
+    "JPEG": ".jpg .jpeg .jpe .jfif .mpo",
+    "PNG": ".png .apng",
+    "GIF": ".gif",
+    "WEBP": ".webp",
+    "AVIF": ".avif .avifs",
+    "TIFF": ".tif .tiff",
+    "BMP": ".bmp",
+    "DIB": ".dib",
+    "PPM": ".ppm .pgm .pbm .pnm .pfm",
+    "JPEG2000": ".jp2 .j2k .j2c .jpc .jpf .jpx",
+    "QOI": ".qoi",
+}
+"""What PIL decodes by itself, by content (other formats it gives to other programs), and how the
+names of such files end."""
+ENDINGS = frozenset(" ".join(FORMATS.values()).split())
+MAX_PIXELS = 2**26
+"""Of a picture, and of what it is resized to before it is cropped."""
+WHITE = (255, 255, 255, 255)
+"""What lies behind transparent pixels."""
+
+
+def read_picture(path: Path, size: int) -> UInt8[Tensor, "c h w"]:
+    """The middle square of a picture, its shorter side resized to `size`.
+
+    Raises DataError, in one sentence that names the file, for one that cannot be used.
+    """
+    from PIL import Image
+    from torchvision.transforms.v2 import functional as F
+
+    require_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images and odd metadata
+            with Image.open(path, formats=[*FORMATS]) as file:
+                short, long = sorted(file.size)
+                if short < 1 or max(short * long, size * size * long // short) > MAX_PIXELS:
+                    raise DataError(
+                        f"{shown(path)} has {file.size[0]} x {file.size[1]} pixels, which is too "
+                        "large or too narrow; resize or remove it"
+                    )
+                image = F.pil_to_tensor(as_shown(file))
+        return F.center_crop(F.resize(image, [size], antialias=True), [size, size])
+    except NotShowable as error:
+        raise DataError(f"{shown(path)} {error}; convert or remove it") from None
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        reason = " ".join(shown(str(error)).split()) or type(error).__name__
+        raise DataError(f"{shown(path)} is not a readable image: {reason}") from error
+
+
+class NotShowable(ValueError):
+    """A picture whose pixels have no certain meaning as brightness: the message goes on after its
+    name."""
+
+
+def as_shown(image: Any) -> Any:
+    """A PIL image in mode RGB as a viewer shows it.
+
+    Applies the EXIF orientation, puts transparent pixels on white, and scales pixels of more than
+    8 bits by the range of their type. Raises NotShowable where that range is not certain.
+    """
+    image.load()
+    image = _upright(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return _from_deep(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        from PIL import Image
+
+        opaque = Image.new("RGBA", image.size, WHITE)
+        opaque.alpha_composite(_with_alpha(image))
+        image = opaque
+    return image.convert("RGB")
+
+
+def _with_alpha(image: Any) -> Any:
+    if image.mode in ("La", "PA"):  # no direct way
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    return image.convert("RGBA")
+
+
+def _upright(image: Any) -> Any:
+    from PIL.Image import Transpose as T
+
+    orientation = 1
+    with contextlib.suppress(Exception):  # damaged metadata of a picture that is not
+        orientation = image.getexif().get(0x0112, 1)
+    turns = {
+        **{2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE},
+        **{6: T.ROTATE_270, 7: T.TRANSVERSE, 8: T.ROTATE_90},
+    }
+    return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def _from_deep(image: Any) -> Any:
+    """Grey pixels of more than 8 bits, or floats, in mode RGB."""
+    from PIL import Image
+
+    pixels, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    if image.mode == "F":
+        white, kind = 1.0, "holds floats"
+        if not np.isfinite(pixels).all():
+            raise NotShowable("holds floats that are not finite (mode F)")
+    else:
+        white, kind = _white_of(image, tags), f"holds integers (mode {image.mode})"
+        if white == 2**32 - 1:
+            pixels = pixels.view(np.uint32)  # PIL knows 32 bits with a sign only
+    low, high = float(pixels.min()), float(pixels.max())
+    if low < 0 or high > white:
+        raise NotShowable(
+            f"{kind} from {low:g} to {high:g}, but only 0 to {white:g} has a certain meaning"
+        )
+    if 0 < high < white / 510:
+        raise NotShowable(
+            f"{kind} up to {high:g}, which is black in a range that ends with {white:g}"
+        )
+    shares = pixels / white
+    if tags.get(262) == 0:  # TIFF's "white is zero", which PIL leaves so beyond 8 bits
+        shares = 1 - shares
+    return Image.fromarray((shares * 255).round().astype(np.uint8)).convert("RGB")
+
+
+def _white_of(image: Any, tags: Any) -> float:
+    """The largest value of the integers in a picture."""
+    bits = 16  # PNG, PPM and JPEG 2000 have no more, even where PIL makes 32 of them
+    if tags:
+        (bits,) = {*tags.get(258, (1,))}
+        is_signed = 2 in tags.get(339, (1,))
+        return 2.0 ** (bits - is_signed) - 1
+    return 2.0**bits - 1
