@@ -1,16 +1,23 @@
 """Fixtures for all tests: small configurations, golden vectors, and a pool of real ranks."""
+# ruff: noqa: E402  # the environment comes before torch
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # As torchrun sets it: ranks must not fight for two cores, and sums must not depend on the machine.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
+
+# Ranks import torch again and again: where Python is to write no bytecode, a test run still does.
+sys.dont_write_bytecode = False
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 
 import pytest
 import torch
+from forks import Forks
+from machine import Machine
 from ranks import RankPool
 from safetensors.torch import load_file
 from torch import Tensor
@@ -41,11 +48,35 @@ def golden() -> Callable[[str], dict[str, Tensor]]:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[RankPool]:
+def forks() -> Iterator[Forks]:
+    """Processes that have imported torch already."""
+    host = Forks()
+    yield host
+    host.close()
+
+
+@pytest.fixture(scope="session")
+def ranks(forks: Forks) -> Iterator[RankPool]:
     """Real processes that talk over gloo; see `RankPool.run`."""
-    pool = RankPool()
+    pool = RankPool(forks)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def machine(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """Starts launchers and their ranks; no process of theirs outlives a test."""
+    machine = Machine(tmp_path_factory.mktemp("machine"), forks)
+    yield machine
+    machine.close(0.0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    machine = request.getfixturevalue("machine") if "machine" in request.fixturenames else None
+    yield
+    if machine is not None:
+        assert not machine.close(), "no process is left"
 
 
 class SmallDisk:

@@ -6,18 +6,21 @@ dies costs its own test alone: the pool ends its processes and starts new ones.
 """
 
 import gc
-import multiprocessing as mp
+import os
+import pickle
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from forks import Forked, Forks
 
 from dbdist.config.config import Config
 from dbdist.parallel.launch import Launch
@@ -46,22 +49,21 @@ class RankPool:
     """Processes that stay; `run(world_size, function, *args)` calls function(rank, *args) on
     each."""
 
-    def __init__(self) -> None:
-        self._workers: list[tuple[Any, Connection]] = []
+    def __init__(self, forks: Forks) -> None:
+        self._forks = forks
+        self._workers: list[tuple[Forked, Connection]] = []
+        self._preloaded: set[str] = set()
 
     def run(
         self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0
     ) -> list[Any]:
         """Each rank's result, in rank order. Raises AssertionError with all tracebacks."""
-        context = mp.get_context("spawn")
         while len(self._workers) < world_size:
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there,), daemon=True)
-            process.start()
-            self._workers.append((process, here))
+            self._start_worker()
         with tempfile.TemporaryDirectory() as folder:
             for rank in range(world_size):
-                self._workers[rank][1].send((function, args, rank, world_size, f"{folder}/store"))
+                task = pickle.dumps((function, args, rank, world_size, f"{folder}/store"))
+                self._workers[rank][1].send((sys.path, task))
             answers = self._answers(world_size, timeout_s)
         failures = [f"--- rank {r}\n{text}" for r, (ok, text) in enumerate(answers) if not ok]
         if failures:
@@ -69,12 +71,26 @@ class RankPool:
             raise AssertionError("\n".join(failures))
         return [value for _, value in answers]
 
+    def preload(self, module: str) -> None:
+        """From now on every rank has imported it, at once instead of one by one."""
+        if module not in self._preloaded:
+            self._preloaded.add(module)
+            self.close()
+            self._forks.preload(module)
+
     def close(self) -> None:
         for process, pipe in self._workers:
             pipe.close()
             process.kill()
-            process.join()
+            process.wait()
         self._workers.clear()
+
+    def _start_worker(self) -> None:
+        with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/meet") as listener:
+            words = ["-m", "ranks", f"{folder}/meet"]
+            here = Path(__file__).parent
+            process = self._forks.start(words, dict(os.environ), here, Path(os.devnull))
+            self._workers.append((process, listener.accept()))
 
     def _answers(self, world_size: int, timeout_s: float) -> list[tuple[bool, Any]]:
         deadline = time.monotonic() + timeout_s
@@ -86,26 +102,27 @@ class RankPool:
                 else:
                     answers.append((False, f"no answer within {timeout_s} s (pid {process.pid})"))
             except EOFError:
-                answers.append((False, f"died (exit code {process.exitcode})"))
+                answers.append((False, f"died (exit code {process.wait(10)})"))
         return answers
 
 
-def _serve(pipe: Connection) -> None:
+def serve(pipe: Connection) -> None:
+    """Runs what the pool sends, in one of its processes."""
     torch.set_num_threads(1)
     while True:
         try:
-            function, args, rank, world_size, path = pipe.recv()
+            sys.path, task = pipe.recv()
         except EOFError:
             return
         try:
             torch.set_default_dtype(torch.float32)
+            function, args, rank, world_size, path = pickle.loads(task)
             answer = True, function(Rank(rank, world_size, path), *args)
         except BaseException:
             answer = False, traceback.format_exc()
         if dist.is_initialized():
             dist.destroy_process_group()
         gc.collect()  # trainers are cycles that keep gloo's threads
-        sys.stdout.flush()
         pipe.send(answer)
 
 
@@ -125,3 +142,9 @@ def config_of(*options: str) -> Config:
 def without(config: Config, *sections: str) -> dict[str, Any]:
     """A configuration as nested dicts, without some sections."""
     return {k: v for k, v in asdict(config).items() if k not in sections}
+
+
+if __name__ == "__main__":
+    import ranks
+
+    ranks.serve(Client(sys.argv[1]))

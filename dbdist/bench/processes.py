@@ -1,5 +1,6 @@
-"""What Linux tells of running processes in /proc: what they are, use and listen on."""
+"""What Linux says in /proc of running processes: their output, memory, files and sockets."""
 
+import os
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,16 +30,16 @@ class Listener:
     inode: str
 
 
-def marked(mark: str) -> dict[int, dict[str, str]]:
-    """{pid: environment} of the processes that were started with `mark` (NAME=value) in it, and of
-    what descends from them."""
+def writers_to(log: Path) -> dict[int, dict[str, str]]:
+    """{pid: environment} of the processes whose output goes to this file."""
     found: dict[int, dict[str, str]] = {}
-    for path in PROC.glob("[0-9]*/environ"):
+    wanted = log.stat()
+    for path in PROC.glob("[0-9]*"):
         with suppress(OSError):  # it has just ended, or is another user's
-            variables = path.read_bytes().decode(errors="replace").split("\0")
-            if mark in variables:
+            if any(os.path.samestat((path / f"fd/{fd}").stat(), wanted) for fd in (1, 2)):
+                variables = (path / "environ").read_bytes().decode(errors="replace").split("\0")
                 pairs = (variable.partition("=") for variable in variables if variable)
-                found[int(path.parent.name)] = {name: value for name, _, value in pairs}
+                found[int(path.name)] = {name: value for name, _, value in pairs}
     return found
 
 

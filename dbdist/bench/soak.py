@@ -28,12 +28,10 @@ import math
 import os
 import platform
 import random
-import signal
 import statistics
 import subprocess
 import sys
 import time
-import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
@@ -45,15 +43,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dbdist.bench.processes import (
-    Listener,
-    Usage,
-    listeners,
-    listeners_of,
-    marked,
-    parent_of,
-    usage_of,
-)
+from dbdist.bench.job import SIGNALS, Job, Kind, send, torchrun
+from dbdist.bench.processes import Listener, Usage, listeners, listeners_of, usage_of
 from dbdist.checkpoint.names import MANIFEST, step_folders
 from dbdist.commands.command_line import OneLineParser, guarded
 from dbdist.config.config import Config
@@ -73,44 +64,22 @@ STOP_S = 90.0
 READY = b"Who owns what"
 
 
-class Launcher:
-    """torchrun on this machine, with all that descends from it: it gives its ranks sessions of
-    their own, so a mark in their environment tells them."""
+class Launcher(Job):
+    """torchrun on this machine, which starts the ranks again and again."""
 
-    def __init__(
-        self,
-        num_ranks: int,
-        words: Iterable[str],
-        log: Path,
-        max_restarts: int,
-        rendezvous: str = "--rdzv-backend=loopback",
-        **variables: str,
-    ) -> None:
-        """words: `-m MODULE` or a script, and its options. log: for what they print. variables:
-        more environment."""
-        self.mark = f"DBDIST_SOAK={uuid.uuid4().hex}"
-        self.log = log
-        torchrun = "-m", "torch.distributed.run", rendezvous, f"--nproc_per_node={num_ranks}"
-        restarts = f"--max-restarts={max_restarts}"
-        set_to = [f"{name}={value}" for name, value in variables.items()]
+    def __init__(self, num_ranks: int, words: Iterable[str], log: Path, restarts: int) -> None:
+        """words: `-m MODULE` or a script, and its options."""
         with log.open("w") as out:
-            self.process = subprocess.Popen(
-                ["env", self.mark, *set_to, sys.executable, *torchrun, restarts, *words],
+            process = subprocess.Popen(
+                torchrun(num_ranks, *words, restarts=restarts),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        super().__init__(process, log)
         self._printed = log.open("rb")
         self._num_starts = 0
-
-    def ranks(self) -> dict[int, int]:
-        """{rank: pid} of those that run now; without the processes that they have started."""
-        return {
-            int(variables["RANK"]): pid
-            for pid, variables in marked(self.mark).items()
-            if "RANK" in variables and parent_of(pid) == self.process.pid
-        }
 
     def num_starts(self) -> int:
         """How often rank 0 has been about to take its first step."""
@@ -119,37 +88,13 @@ class Launcher:
         self._printed.seek(-len(line), os.SEEK_CUR)
         return self._num_starts
 
-    def stop(self, timeout_s: float) -> int | None:
-        """Ends torchrun as `kill` does. Returns its exit code; None if it has not ended in time."""
-        for pid in marked(self.mark):
-            send(pid, signal.SIGCONT)
-        self.process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout_s)
-        return self.process.poll()
-
-    def end(self, patience_s: float = 0.0) -> int:
-        """Ends whatever is left, and returns how many processes that were after some seconds of
-        waiting."""
-        deadline = time.monotonic() + patience_s
-        while (left := marked(self.mark)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-            self.process.poll()
-        while found := marked(self.mark):
-            for pid in found:
-                send(pid, signal.SIGKILL)
-            time.sleep(0.05)
-            self.process.poll()  # no zombie of ours stays
-        self._printed.close()
-        return len(left)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Blow:
     """A rank was killed or stopped."""
 
     at_s: float
-    kind: str
+    kind: Kind
     moment: str
     rank: int
     starts: int
@@ -264,7 +209,7 @@ def soak(
     watch = Watch()
     launcher = Launcher(num_ranks, words, run_dir.with_name(f"{run_dir.name}.log"), most)
     try:
-        every_s = {"kill": kill_every_s, "hang": hang_every_s}
+        every_s: dict[Kind, float] = {"kill": kill_every_s, "hang": hang_every_s}
         disturb(launcher, run_dir, 60 * minutes, every_s, random.Random(seed), watch)
         wall_s = watch.now()
         early = launcher.process.poll()
@@ -315,16 +260,16 @@ def disturb(
     launcher: Launcher,
     run_dir: Path,
     seconds: float,
-    every_s: dict[str, float],
+    every_s: dict[Kind, float],
     draw: random.Random,
     watch: Watch,
 ) -> None:
     """Kills and stops ranks until the time is over, and watches them."""
 
-    def due_after(kind: str) -> float:
+    def due_after(kind: Kind) -> float:
         return watch.now() + (every_s[kind] * draw.uniform(0.5, 1.5) or float("inf"))
 
-    due = {kind: due_after(kind) for kind in every_s}
+    due: dict[Kind, float] = {kind: due_after(kind) for kind in every_s}
     next_look, wait_until = 0.0, 0.0
     pending: Blow | None = None
     while watch.now() < seconds and launcher.process.poll() is None:
@@ -346,7 +291,7 @@ def disturb(
                 starts = launcher.num_starts()
                 if ranks := launcher.ranks():
                     rank = draw.choice(sorted(ranks))
-                    send(ranks[rank], signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+                    send(ranks[rank], SIGNALS[kind])
                     pending = Blow(
                         at_s=watch.now(),
                         kind=kind,
@@ -356,11 +301,6 @@ def disturb(
                     )
                     watch.blows.append(pending)
         time.sleep(FAST_TICK_S if wait_until else TICK_S)
-
-
-def send(pid: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)
 
 
 def read_metrics(run_dir: Path) -> tuple[int, list[int], float]:

@@ -3,18 +3,18 @@ and merged; always the weights of the joint run, bit for bit."""
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 from ranks import config_of
-from test_torchrun import ROOT, assert_refused
+from reading import complete_steps, evaluation_of
+from safetensors.torch import load_file
 
-from dbdist.checkpoint.manifest import complete_folders, find_checkpoint, newest_steps
+from dbdist import train as launched
+from dbdist.bench.faults import fail_at
+from dbdist.checkpoint.manifest import find_checkpoint, newest_steps
 from dbdist.checkpoint.names import SHARED, blocks_in, split_private
 from dbdist.commands import merge
 from dbdist.config.parse import parse_config
@@ -30,27 +30,9 @@ TINY += ["--checkpoint.every_steps", "4", "--train.ema_decay", "0.5"]
 NEVER = [*TINY, "--parallel.sync", "never"]
 
 
-class Job:
-    """A process of its own; `end` waits for it."""
-
-    def __init__(self, *words, ranks=1):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command = [sys.executable, *(launcher if ranks > 1 else ()), *map(str, words)]
-        environment = {k: v for k, v in os.environ.items() if k != "TORCH_DISTRIBUTED_DEBUG"}
-        out = subprocess.PIPE
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=out, stderr=out, text=True
-        )
-
-    def end(self, code=0):
-        out, err = self._process.communicate(timeout=120)
-        assert code is None or self._process.returncode == code, err[-3000:]
-        return out
-
-
-def job(run_dir, block, *more):
-    words = "-m", "dbdist.train", *NEVER, "--run_dir", run_dir, "--parallel.blocks", block, *more
-    return Job(*words)
+def job(machine, run_dir, block, **more):
+    words = "dbdist.train", *NEVER, "--run_dir", run_dir, "--parallel.blocks", block
+    return machine.python(*words, **more)
 
 
 def train_here(run_dir, block):
@@ -67,47 +49,29 @@ def assert_same_weights(run_dir, expected, step=12):
         own.tensors(name)  # they are what is there
 
 
-def evaluation_of(run_dir):
-    """The model that one process reads from a run, scored."""
-    config = read_config(run_dir).validate()
-    evaluate_run(config, Topology(Layout(1)))
-    return without_speed(run_dir)
+def scored(run_dir):
+    """The evaluation of the model that one process reads from a run."""
+    evaluate_run(read_config(run_dir).validate(), Topology(Layout(1)))
+    return without_world(run_dir)
 
 
-def without_speed(run_dir):
-    values = json.loads((run_dir / "evaluation.json").read_text())
-    return {k: v for k, v in values.items() if k not in ("samples_per_s", "world_size")}
-
-
-def complete_steps(run_dir):
-    return [int(path.name[5:]) for path in complete_folders(run_dir / "checkpoints")]
+def without_world(run_dir):
+    return {k: v for k, v in evaluation_of(run_dir).items() if k != "world_size"}
 
 
 @pytest.fixture(scope="module")
-def joint(tmp_path_factory):
+def joint(machine):
     """All three blocks in one torchrun."""
-    folder = tmp_path_factory.mktemp("blocks") / "joint"
-    Job("-m", "dbdist.train", *NEVER, "--run_dir", folder, ranks=3).end()
+    folder = machine.folder / "joint"
+    machine.run("dbdist.train", *NEVER, "--run_dir", folder, ranks=3)
     return folder
 
 
-@pytest.fixture(scope="module")
-def separate(tmp_path_factory):
-    """Each block in a run directory of its own, two jobs at a time."""
-    folder = tmp_path_factory.mktemp("separate")
-    pair = [job(folder / f"run{block}", block) for block in (0, 1)]
-    for each in pair:
-        each.end()
-    job(folder / "run2", 2).end()
-    return [folder / f"run{block}" for block in range(3)]
-
-
-@pytest.mark.slow
-def test_a_job_trains_its_block_alone_and_says_what_is_there(tmp_path, joint, capsys):
+def test_a_job_trains_its_block_by_itself_and_says_what_is_there(machine, tmp_path, joint, capsys):
     """Three jobs in one directory, the first two at the same time."""
     folder = tmp_path / "new/run"
-    pair = [job(folder, block) for block in (0, 1)]
-    outs = [each.end() for each in pair]
+    pair = [job(machine, folder, block) for block in (0, 1)]
+    outs = [machine.finish(each) for each in pair]
     assert "block 2" in outs[0]
     assert "not trained" in outs[0]
     assert "dbdist evaluate" not in outs[0] + outs[1]
@@ -118,7 +82,7 @@ def test_a_job_trains_its_block_alone_and_says_what_is_there(tmp_path, joint, ca
     assert complete_steps(folder) == [8, 12]
     assert_same_weights(folder, joint)
     assert_same_weights(folder, joint, 8)
-    assert evaluation_of(folder) == without_speed(joint)
+    assert scored(folder) == without_world(joint)
     names = {p.name for p in folder.iterdir()} - {"evaluation.json"}
     metrics = {f"metrics.blocks-{block}.jsonl" for block in range(3)}
     assert names == {".lock", "config.yaml", "checkpoints", "tensorboard", *metrics}
@@ -132,38 +96,26 @@ def test_a_job_trains_its_block_alone_and_says_what_is_there(tmp_path, joint, ca
     assert losses == {k: v for k, v in jointly.items() if k.endswith("block1") and "train" in k}
 
 
-def test_blocks_of_three_directories_merge_to_the_joint_run(separate, joint, tmp_path):
-    out = tmp_path / "out"
-    merge.run([*map(str, separate), str(out)])
-    assert_same_weights(out, joint)
-    assert evaluation_of(out) == without_speed(joint)
-
-
-DYING = """
-import os, signal, sys, time
-from pathlib import Path
-from dbdist.train import main
-from dbdist.trainer import Trainer
-run_dir, real = Path(sys.argv[-1]), Trainer.train_step
-def train_step(trainer, step):
-    if step == 6 and trainer.topology.rank == 1:
-        parts = [run_dir / f"checkpoints/step-00000012/block-{b}.part.json" for b in (0, 2)]
-        while not all(part.exists() for part in parts):
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(trainer, step)
-Trainer.train_step = train_step
-main()
-"""
+@pytest.mark.slow
+def test_blocks_of_three_directories_merge_to_the_joint_run(machine, joint, tmp_path):
+    """Each block in a run directory and a new process of its own, two jobs at a time."""
+    folders = [tmp_path / f"run{block}" for block in range(3)]
+    machine.finish(*(job(machine, folders[block], block, is_new=True) for block in (0, 1)))
+    machine.finish(job(machine, folders[2], 2, is_new=True))
+    merge.run([*map(str, folders), str(tmp_path / "out")])
+    assert_same_weights(tmp_path / "out", joint)
+    assert scored(tmp_path / "out") == without_world(joint)
 
 
 @pytest.fixture(scope="module")
-def bereft(tmp_path_factory):
+def bereft(machine):
     """A joint run whose rank 1 was killed in step 7, when the others had saved their last."""
-    folder = tmp_path_factory.mktemp("bereft")
-    (folder / "dying.py").write_text(DYING)
-    Job(folder / "dying.py", *NEVER, "--run_dir", folder / "run", ranks=3).end(code=None)
-    return folder / "run"
+    run_dir = machine.folder / "bereft"
+    last = run_dir / "checkpoints/step-00000012"
+    after = [last / f"block-{block}.part.json" for block in (0, 2)]
+    fault = fail_at(rank=1, step=7, after=after)
+    machine.finish(machine.failing(3, [fault], *NEVER, "--run_dir", run_dir), code=1)
+    return run_dir
 
 
 def test_a_block_whose_rank_was_killed_is_continued_alone(bereft, joint, tmp_path, capsys):
@@ -177,7 +129,7 @@ def test_a_block_whose_rank_was_killed_is_continued_alone(bereft, joint, tmp_pat
     assert {p: p.stat().st_mtime_ns for p in others} == others, "nothing of theirs was touched"
     assert complete_steps(folder) == [8, 12]
     assert_same_weights(folder, joint)
-    assert evaluation_of(folder) == without_speed(joint)
+    assert scored(folder) == without_world(joint)
 
 
 # -- in this process -------------------------------------------------------------------------------
@@ -231,7 +183,7 @@ def test_a_merged_run_is_continued_as_the_joint_one(ranks, tmp_path, jointly):
         told = ranks.run(3, train_rank, options_of(tmp_path / name, steps=8))[0]
         assert "continuing from step 6" in told
     assert_same_weights(tmp_path / "out", tmp_path / "joint", 8)
-    assert without_speed(tmp_path / "out") == without_speed(tmp_path / "joint")
+    assert without_world(tmp_path / "out") == without_world(tmp_path / "joint")
 
 
 def test_replicas_of_a_block_train_it_alone(ranks, tmp_path, jointly):
@@ -246,8 +198,6 @@ def test_replicas_of_a_block_train_it_alone(ranks, tmp_path, jointly):
 
 
 def tensors_of(path, block):
-    from safetensors.torch import load_file
-
     return dict(sorted(load_file(path / f"block-{block}.safetensors").items()))
 
 
@@ -315,8 +265,9 @@ def test_every_does_not_replace_what_blocks_did_by_themselves(ranks, tmp_path, j
 
 def test_blocks_of_other_configurations_and_numbers_of_ranks_are_refused(tmp_path, jointly):
     folder, _ = jointly
-    words = ["dbdist.train", *NEVER, "--run_dir", tmp_path / "run"]
-    assert_refused([*words, "--parallel.blocks", "[0,1]"], 1, "2 blocks x 1 replica need 2 proc")
+    words = [*NEVER, "--run_dir", str(tmp_path / "run"), "--parallel.blocks", "[0,1]"]
+    with pytest.raises(UserError, match="2 blocks x 1 replica need 2 proc"):
+        launched.run(words)
     assert not (tmp_path / "run").exists()
     run = shutil.copytree(folder / "never", tmp_path / "held")
     (run / "metrics.jsonl").unlink()

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from test_torchrun import SMALL, assert_refused, run
+from machine import SMALL
+from reading import lines_of
 
 from dbdist.build import describe_model
 from dbdist.checkpoint import manifest as checkpoint
@@ -29,11 +30,10 @@ WORDS = (*WORDS, "--checkpoint.keep_last", "3")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(machine):
     """A run with checkpoints of steps 5, 10 and 15."""
-    folder = tmp_path_factory.mktemp("damaged") / "run"
-    code, _, err, _ = run("dbdist.train", *WORDS, "--run_dir", folder, ranks=3)
-    assert code == 0, err
+    folder = machine.folder / "run"
+    machine.run("dbdist.train", *WORDS, "--run_dir", folder, ranks=3)
     return folder
 
 
@@ -213,31 +213,28 @@ def test_a_file_that_a_rank_does_not_need_is_not_hashed(copy, monkeypatch):
     assert hashed == ["shared.safetensors", "block-1.safetensors", "block-1.optimizer.safetensors"]
 
 
-def test_every_rank_refuses_with_the_same_offer(copy):
+def test_every_rank_refuses_with_the_same_offer(machine, copy):
     folder, path = copy
     flip_a_bit(path, "block-2.safetensors")  # rank 2 alone reads it
     before = (folder / "metrics.jsonl").read_bytes()
     offer = r"block-2\.safetensors is damaged.*step 10 is intact: add --checkpoint\.fallback true"
-    assert_refused(("dbdist.train", *WORDS, "--run_dir", folder), 3, offer)
+    machine.assert_refused(("dbdist.train", *WORDS, "--run_dir", folder), 3, offer)
     assert (folder / "metrics.jsonl").read_bytes() == before
     assert path.exists()
 
 
-@pytest.mark.slow
-def test_a_run_that_falls_back_ends_as_if_nothing_had_happened(copy):
+def test_a_run_that_falls_back_ends_as_if_nothing_had_happened(machine, copy):
     folder, path = copy
     expected = json.loads((path / "manifest.json").read_text())["files"]
     flip_a_bit(path, "block-2.optimizer.safetensors")
     words = (*WORDS, "--run_dir", folder, "--checkpoint.fallback", "true")
-    code, out, err, _ = run("dbdist.train", *words, ranks=3)
-    assert code == 0, err
-    assert len(re.findall(r"warning: .*block-2\.optimizer\.safetensors is damaged", err)) == 1
+    out = machine.run("dbdist.train", *words, ranks=3)
+    assert len(re.findall(r"warning: .*block-2\.optimizer\.safetensors is damaged", out)) == 1
     assert "continuing from step 10" in out
     assert json.loads((path / "manifest.json").read_text())["files"] == expected
     names = sorted(p.name for p in path.parent.iterdir())
     steps = [f"step-{step:08d}" for step in (5, 10, 15)]
     assert names == [*steps, "step-00000015.damaged"]
     assert "step-00000015\n" in out
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line)["step"] for line in lines]
+    steps = [line["step"] for line in lines_of(folder)]
     assert steps == sorted(set(steps))

@@ -1,7 +1,6 @@
 """DDP, FSDP2 and DeepSpeed ZeRO inside a block, on real ranks: the same training as one process
 with the joined batch, apart from other blocks, and checkpoints that any of them continues."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import RankPool, config_of
+from replicas import LINEAR, engine_options
 
 from dbdist.checkpoint.manifest import find_checkpoint
 from dbdist.data import load_dataset
@@ -29,27 +29,6 @@ COMMON = (
 )
 
 
-LINEAR = torch.nn.functional.linear
-
-
-def zero_file(folder: Path, stage: int, **more) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"zero-{stage}{'-offload' if more else ''}.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": stage, **more}}))
-    return str(path)
-
-
-def engine_options(folder: Path, engine: str) -> list[str]:
-    """`ddp`, `fsdp`, `zero1`, `zero2`, `zero3`, `zero2-offload`, …"""
-    if not engine.startswith("zero"):
-        return [f"parallel.replica_engine={engine}"]
-    more = {}
-    if engine.endswith("-offload"):
-        more = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
-    file = zero_file(folder, int(engine[4]), **more)
-    return ["parallel.replica_engine=deepspeed", f"parallel.deepspeed_config={file}"]
-
-
 @dataclass
 class Result:
     weights: dict
@@ -61,8 +40,6 @@ class Result:
 def train_rank(rank, options, is_float64=False):
     """Trains, or continues the run directory's newest checkpoint."""
     torch.set_default_dtype(torch.float64 if is_float64 else torch.float32)
-    # Stage 3 replaces it for the whole process, and with it the order of gradients: the processes
-    # of these tests have had different engines before.
     torch.nn.functional.linear = LINEAR
     config = config_of(*options)
     topology = rank.join(layout_of(config, rank.launch.world_size))
@@ -103,6 +80,12 @@ def run(ranks, folder, engine, *more, replicas=2, is_float64=False):
 
 
 ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deepspeed(ranks):
+    """Its import takes each rank some seconds."""
+    ranks.preload("deepspeed")
 
 
 @pytest.fixture(scope="module")
@@ -183,14 +166,17 @@ def test_bf16_keeps_fp32_master_weights(ranks, tmp_path, joined, engine):
 
 
 MATRIX = [
-    ("colocated", "step"),
-    ("colocated", "every"),
-    ("colocated", "never"),
-    ("dedicated", "step"),
-    ("dedicated", "every"),
-    ("sharded", "step"),
+    ("ddp", "colocated", "every"),
+    ("ddp", "dedicated", "step"),
+    ("ddp", "sharded", "step"),
+    ("fsdp", "colocated", "never"),
+    ("fsdp", "dedicated", "every"),
+    ("zero2", "colocated", "every"),
+    ("zero2", "dedicated", "step"),
+    ("zero2", "sharded", "step"),
 ]
-"""All pairs that are not refused by name (tests/test_config.py)."""
+"""Every engine with every coordinator and every sync; (colocated, step) is what the tests above
+train. The pairs that are left out are refused by name (tests/config/test_config.py)."""
 SHORT = ("train.max_steps=4", "parallel.sync_every=2", "train.ema_decay=0.5")
 
 
@@ -203,8 +189,7 @@ def by_sync(ranks, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("coordinator", "sync"), MATRIX)
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2"])
+@pytest.mark.parametrize(("engine", "coordinator", "sync"), MATRIX)
 def test_engine_coordinator_and_sync_go_together(
     ranks, tmp_path, by_sync, engine, coordinator, sync
 ):
@@ -216,11 +201,11 @@ def test_engine_coordinator_and_sync_go_together(
 
 
 @pytest.mark.slow
-def test_deepspeed_takes_a_blocks_copies_for_the_whole_world(ranks, tmp_path):
+def test_deepspeed_takes_a_blocks_copies_for_the_whole_world(ranks, forks, tmp_path):
     """Blocks of different sizes, each with its own order of layers, and a rank without any."""
     more = ("train.max_steps=3", "model.layers_per_block=[3,1]")
     run(ranks, tmp_path, "ddp", *more, replicas=1)
-    fresh = RankPool()  # DeepSpeed keeps what it knows of a process's world for its lifetime
+    fresh = RankPool(forks)  # DeepSpeed keeps what it knows of a process's world for its lifetime
     try:
         run(fresh, tmp_path, "zero3", *more, "parallel.coordinator=dedicated")
     finally:
@@ -228,26 +213,24 @@ def test_deepspeed_takes_a_blocks_copies_for_the_whole_world(ranks, tmp_path):
     assert_close(saved(tmp_path / "zero3"), saved(tmp_path / "ddp"), atol=1e-6)
 
 
-CONVERTED = ["ddp", "fsdp", "zero2", "zero3"]
+OTHERS = ["fsdp", "zero2", "zero3"]
 
 
-@pytest.fixture(scope="module")
-def halves(ranks, tmp_path_factory):
-    """Of each engine, a run that stopped after 10 of its 20 steps."""
-    folder = tmp_path_factory.mktemp("halves")
-    for engine in CONVERTED:
-        run(ranks, folder, engine, "train.max_steps=10", "train.ema_decay=0")
-    return folder
+def test_every_engine_continues_what_ddp_wrote(ranks, tmp_path, joined):
+    half = ("train.max_steps=10", "train.ema_decay=0")
+    run(ranks, tmp_path / "half", "ddp", *half)
+    for engine in OTHERS:
+        shutil.copytree(tmp_path / "half/ddp", tmp_path / engine)
+        run(ranks, tmp_path, engine)
+        assert_close(saved(tmp_path / engine), saved(joined[0]), atol=1e-6)
 
 
-@pytest.mark.parametrize("after", CONVERTED)
-@pytest.mark.parametrize("before", CONVERTED)
-def test_a_checkpoint_of_any_engine_is_continued_by_any_other(
-    ranks, tmp_path, joined, halves, before, after
-):
-    shutil.copytree(halves / before, tmp_path / after)
-    run(ranks, tmp_path, after)
-    assert_close(saved(tmp_path / after), saved(joined[0]), atol=1e-6)
+@pytest.mark.parametrize("engine", OTHERS)
+def test_ddp_continues_what_every_engine_wrote(ranks, tmp_path, joined, engine):
+    run(ranks, tmp_path, engine, "train.max_steps=10", "train.ema_decay=0")
+    (tmp_path / engine).rename(tmp_path / "ddp")
+    run(ranks, tmp_path, "ddp")
+    assert_close(saved(tmp_path / "ddp"), saved(joined[0]), atol=1e-6)
 
 
 def test_a_checkpoint_moves_between_numbers_of_replicas(ranks, tmp_path):

@@ -2,7 +2,7 @@
 it, two nodes, a lost rank, a job that Slurm stops. GPUs, ssh and a real Slurm are not here."""
 
 import importlib.util
-import json
+import os
 import re
 import shlex
 import signal
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from machine import BIN, ROOT, Machine, free_port, kill_rank, wait_for_checkpoint
+from machine import BIN, ROOT, free_port, wait_for_checkpoint
+from reading import evaluation_of, hashes_of
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from dbdist.config.parse import parse_config
@@ -26,44 +27,24 @@ FOUR = "--model.num_blocks 2 --model.num_layers 2 --parallel.replicas 2 --parall
 FOUR = [*THREE, *FOUR.split()]
 
 
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory):
-    machine = Machine(tmp_path_factory.mktemp("launchers"))
-    yield machine
-    machine.close(0)
-
-
-@pytest.fixture(autouse=True)
-def no_process_is_left(machine):
-    yield
-    assert not machine.close()
-
-
 def result_of(run_dir):
-    """evaluation.json without what a clock says, and the hashes of the last checkpoint's files."""
-    evaluation = json.loads((run_dir / "evaluation.json").read_text())
-    del evaluation["samples_per_s"]
-    manifest = json.loads((run_dir / "checkpoints/step-00000080/manifest.json").read_text())
-    hashes = {
-        name: file["sha256"]
-        for name, file in manifest["files"].items()
-        if name.endswith(".safetensors")
-    }
-    assert "block-0.safetensors" in hashes
-    return evaluation, hashes
+    return evaluation_of(run_dir), hashes_of(run_dir, 80)
 
 
 @pytest.fixture(scope="module")
 def reference(machine):
     """Three ranks of one torchrun."""
     run_dir = machine.folder / "reference"
-    machine.run(LAUNCH / "torchrun.sh", "dbdist.train", *THREE, "--run_dir", run_dir,
-                NPROC_PER_NODE=3)  # fmt: skip
+    machine.run("dbdist.train", *THREE, "--run_dir", run_dir, ranks=3)
     evaluation, hashes = result_of(run_dir)
     assert evaluation["world_size"] == 3
     assert evaluation["num_samples"] == 360
     assert evaluation["accuracy"] > 0.2, "more than chance, or equal results say little"
     return evaluation, hashes
+
+
+def run(machine, *words, **variables):
+    return machine.finish(machine.start(*words, **variables))
 
 
 # -- one node --------------------------------------------------------------------------------------
@@ -73,7 +54,7 @@ def reference(machine):
 def test_the_deepspeed_launcher_trains_the_same(machine, reference):
     run_dir = machine.folder / "deepspeed"
     words = ("--num_gpus", 3, "--master_port", free_port(), "--module", "dbdist.train")
-    printed = machine.run("deepspeed", *words, *THREE, "--run_dir", run_dir)
+    printed = run(machine, "deepspeed", *words, *THREE, "--run_dir", run_dir)
     assert "--local_rank=2" in printed, "the launcher passes it"
     assert result_of(run_dir) == reference
 
@@ -82,7 +63,7 @@ def test_the_deepspeed_launcher_trains_the_same(machine, reference):
 def test_accelerate_launch_trains_the_same_on_three_ranks(machine, reference):
     run_dir = machine.folder / "accelerate"
     words = ("launch", "--config_file", "launch/accelerate_cpu.yaml", "-m", "dbdist.train")
-    machine.run("accelerate", *words, *THREE, "--run_dir", run_dir)
+    run(machine, "accelerate", *words, *THREE, "--run_dir", run_dir)
     assert result_of(run_dir) == reference
 
 
@@ -91,8 +72,8 @@ def test_a_run_that_loses_a_rank_goes_on_by_itself_to_the_same_weights(machine, 
     run_dir = machine.folder / "killed"
     agent = machine.start(LAUNCH / "torchrun.sh", "dbdist.train", *THREE, "--run_dir", run_dir,
                           NPROC_PER_NODE=3, MAX_RESTARTS=1)  # fmt: skip
-    wait_for_checkpoint(machine, agent, run_dir)
-    kill_rank(machine, 1)
+    wait_for_checkpoint(agent, run_dir)
+    agent.strike(1)
     printed = machine.finish(agent)
     assert re.search(r"continuing from step (20|40|60)", printed), printed
     assert result_of(run_dir) == reference
@@ -111,7 +92,7 @@ def test_a_mistake_is_told_by_every_rank_where_rank_0_holds_the_store(machine):
     ]
     assert [rank.wait(120) for rank in ranks] == [2, 2]
     for i, rank in enumerate(ranks):
-        printed = machine.logs[rank.pid].read_text()
+        printed = rank.printed()
         assert printed == (
             f"[r{i}] dbdist train: error: unknown option --trian.lr; did you mean --train.lr?\n"
         )
@@ -152,8 +133,8 @@ def test_two_nodes_train_and_evaluate(machine, on_two_nodes):
 def test_two_nodes_go_on_after_one_has_lost_a_rank(machine, on_two_nodes):
     run_dir = machine.folder / "two-nodes-killed"
     agents = two_nodes(machine, "dbdist.train", *FOUR, "--run_dir", run_dir, MAX_RESTARTS=1)
-    wait_for_checkpoint(machine, agents[0], run_dir)
-    kill_rank(machine, 3)
+    wait_for_checkpoint(agents[0], run_dir)
+    next(agent for agent in agents if 3 in agent.ranks()).strike(3)
     printed = machine.finish(*agents)
     assert re.search(r"continuing from step (20|40|60)", printed), printed
     assert "connectFullMesh" not in printed, "no rank tried the addresses of the first start"
@@ -190,7 +171,7 @@ def slurm(machine, tmp_path):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     return {
-        "PATH": f"{tmp_path}:{machine.environment['PATH']}",
+        "PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}",
         "SLURM_CALLS": tmp_path / "calls",
         "SLURM_JOB_ID": 4711,
         "SLURM_JOB_NODELIST": "node-[1-3]",
@@ -207,15 +188,15 @@ def test_a_slurm_job_stops_in_time_and_ends_the_same_when_it_runs_again(machine,
     run_dir = machine.folder / "slurm"
     words = ("bash", LAUNCH / "slurm.sbatch", "dbdist.train", *THREE, "--run_dir", run_dir)
     job = machine.start(*words, **slurm)
-    wait_for_checkpoint(machine, job, run_dir)
+    wait_for_checkpoint(job, run_dir)
     job.send_signal(signal.SIGUSR1)  # as `--signal=B:USR1@…` has Slurm do
     assert "requeueing job 4711" in machine.finish(job)
     assert not (run_dir / "evaluation.json").exists(), "it was stopped"
-    assert not machine.close(), "nothing of the step goes on"
+    assert not job.end(10.0), "nothing of the step goes on"
     assert slurm["SLURM_CALLS"].read_text().endswith("scontrol requeue 4711\n")
 
-    (saved,) = re.findall(r"stopped at step (\d+) \(SIGUSR1 on ", machine.logs[job.pid].read_text())
-    printed = machine.run(*words, **slurm)
+    (saved,) = re.findall(r"stopped at step (\d+) \(SIGUSR1 on ", job.printed())
+    printed = run(machine, *words, **slurm)
     assert f"continuing from step {saved} " in printed, printed
     assert result_of(run_dir) == reference
     calls = slurm["SLURM_CALLS"].read_text()
@@ -253,7 +234,7 @@ def test_scripts_pass_shellcheck(path):
 def test_torchrun_sh_says_what_it_needs(machine, variables, message):
     script = machine.start(LAUNCH / "torchrun.sh", "dbdist.train", **variables)
     assert script.wait(60) == 1
-    assert re.search(message, machine.logs[script.pid].read_text())
+    assert re.search(message, script.printed())
 
 
 def commands():

@@ -2,23 +2,16 @@
 interface."""
 
 import os
-import signal
-import time
 import tomllib
-from pathlib import Path
 
 import pytest
+from machine import ROOT, wait_for_checkpoint
 
-from dbdist.bench.processes import Listener, listeners, listeners_of, marked
-from dbdist.bench.soak import Launcher, send
-from dbdist.checkpoint.manifest import complete_folders
+from dbdist.bench.processes import listeners, listeners_of
 from dbdist.parallel import topology
 
-ROOT = Path(__file__).resolve().parents[2]
-WORDS = (
-    f"-m dbdist.train --config {ROOT}/configs/digits.yaml --model.num_layers 3 "
-    "--train.max_steps 60 --train.schedule_steps 60 --checkpoint.every_steps 20"
-).split()
+WORDS = """--config configs/digits.yaml --model.num_layers 3 --train.max_steps 60
+    --train.schedule_steps 60 --checkpoint.every_steps 20""".split()
 POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
 
 
@@ -34,28 +27,21 @@ def installed(tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_and_its_ranks_listen_on_the_loopback_interface_alone(tmp_path, installed):
+def test_torchrun_and_its_ranks_listen_on_the_loopback_interface_alone(
+    machine, tmp_path, installed
+):
     run_dir = tmp_path / "run"
-    words = [*WORDS, "--run_dir", str(run_dir)]
-    launcher = Launcher(
-        3, words, tmp_path / "log", 1, "--rdzv-backend=loopback", PYTHONPATH=installed
-    )
-    try:
-        found: dict[int, set[Listener]] = {}
-        deadline = time.monotonic() + 200
-        while not complete_folders(run_dir / "checkpoints") and time.monotonic() < deadline:
-            assert launcher.process.poll() is None, launcher.log.read_text()[-4000:]
-            time.sleep(0.1)
-        for pid in marked(launcher.mark):
-            found[pid] = listeners_of([pid])
-        send(launcher.ranks()[2], signal.SIGKILL)  # the next start uses the same store
-        assert launcher.process.wait(200) == 0, launcher.log.read_text()[-4000:]
-    finally:
-        launcher.end()
-    assert len(found[launcher.process.pid]) == 1, "the store"
+    words = ("dbdist.train", *WORDS, "--run_dir", run_dir)
+    loopback = {"rendezvous": "--rdzv-backend=loopback", "PYTHONPATH": installed}
+    job = machine.torchrun(3, *words, restarts=1, is_new=True, **loopback)
+    wait_for_checkpoint(job, run_dir)
+    found = {pid: listeners_of([pid]) for pid in job.processes()}
+    job.strike(2)  # the next start uses the same store
+    printed = machine.finish(job)
+    assert len(found[job.pid]) == 1, "the store"
     assert sum(len(sockets) > 0 for sockets in found.values()) == 4, "… and gloo in every rank"
     assert {s.address for sockets in found.values() for s in sockets} == {"127.0.0.1"}
-    assert "continuing from step" in launcher.log.read_text()
+    assert "continuing from step" in printed
     inodes = {socket.inode for sockets in found.values() for socket in sockets}
     assert not inodes & {listener.inode for listener in listeners()}
 

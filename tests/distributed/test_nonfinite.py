@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import config_of
-from test_engines import LINEAR, engine_options
+from reading import lines_of
+from replicas import LINEAR, engine_options
 
 from dbdist import seeds
 from dbdist.checkpoint import blocks_in
@@ -94,10 +95,6 @@ def train_rank(rank, options, bad, what="gradient"):
     )
     topology.close()
     return result
-
-
-def lines_of(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("sync", ["step", "every", "never"])
@@ -215,6 +212,8 @@ def sign_of_the_others(rank, options):
     ],
 )
 def test_every_engine_skips_on_all_replicas_what_is_bad_on_one(ranks, tmp_path, engine, what):
+    if engine.startswith("zero"):
+        ranks.preload("deepspeed")
     options = (*ONE, "train.nonfinite=skip", f"run_dir={tmp_path / 'run'}")
     control = ranks.run(1, train_rank, options, {2: (0, 0)}, what)[0]
     assert control.updates == 5

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import config_of
+from reading import lines_of, tensors_of
 from safetensors.torch import load_file
 
 import dbdist
@@ -27,27 +28,12 @@ def train_run(rank, options):
     return train(config, topology)
 
 
-def files_of(run_dir, step):
-    checkpoint = find_checkpoint(Path(run_dir), step)
-    assert checkpoint is not None
-    return {name: checkpoint.tensors(name) for name in checkpoint.manifest["files"]}
-
-
 def assert_same_files(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].keys() == b[name].keys(), name
         for key, tensor in a[name].items():
             assert torch.equal(tensor, b[name][key]), f"{name}: {key}"
-
-
-def lines_of(run_dir):
-    """metrics.jsonl without what a clock or a memory meter says."""
-    lines = [
-        json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
-    ]
-    timed = ("time_s", "perf/", "memory/")
-    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
 
 
 def run_options(run_dir, steps, *more):
@@ -78,7 +64,7 @@ def test_twenty_steps_equal_ten_and_resume_and_ten_bit_for_bit(ranks, tmp_path, 
     ranks.run(3, train_run, run_options(tmp_path / "straight", 20, *more))
     ranks.run(3, train_run, run_options(tmp_path / "parts", 10, *more))
     ranks.run(3, train_run, run_options(tmp_path / "parts", 20, *more))
-    assert_same_files(files_of(tmp_path / "parts", 20), files_of(tmp_path / "straight", 20))
+    assert_same_files(tensors_of(tmp_path / "parts", 20), tensors_of(tmp_path / "straight", 20))
     straight = [x for x in lines_of(tmp_path / "straight") if x["step"] in (15, 20)]
     resumed = [x for x in lines_of(tmp_path / "parts") if x["step"] in (15, 20)]
     for a, b in zip(straight, resumed, strict=True):
@@ -95,7 +81,7 @@ def test_the_other_modes_resume_bit_for_bit(ranks, tmp_path, mode):
     ranks.run(1, train_run, run_options(tmp_path / "straight", 8, *more))
     ranks.run(1, train_run, run_options(tmp_path / "parts", 4, *more))
     ranks.run(1, train_run, run_options(tmp_path / "parts", 8, *more))
-    assert_same_files(files_of(tmp_path / "parts", 8), files_of(tmp_path / "straight", 8))
+    assert_same_files(tensors_of(tmp_path / "parts", 8), tensors_of(tmp_path / "straight", 8))
 
 
 def test_a_checkpoint_is_continued_by_another_topology(ranks, tmp_path):
@@ -107,11 +93,11 @@ def test_a_checkpoint_is_continued_by_another_topology(ranks, tmp_path):
         3, train_run, run_options(tmp_path / "parts", 6, *more, "parallel.coordinator=dedicated")
     )
     assert_same_files(
-        files_of(tmp_path / "parts", 6),
+        tensors_of(tmp_path / "parts", 6),
         _train_to(ranks, tmp_path / "six", 6, more),
     )
     ranks.run(4, train_run, run_options(tmp_path / "parts", 9, *more, "parallel.replicas=2"))
-    a, b = files_of(tmp_path / "parts", 9), files_of(tmp_path / "straight", 9)
+    a, b = tensors_of(tmp_path / "parts", 9), tensors_of(tmp_path / "straight", 9)
     for name in ("shared.safetensors", "block-0.safetensors", "block-1.safetensors"):
         for key, tensor in a[name].items():
             torch.testing.assert_close(tensor, b[name][key], rtol=0, atol=2e-3)  # a fraction of lr
@@ -119,7 +105,7 @@ def test_a_checkpoint_is_continued_by_another_topology(ranks, tmp_path):
 
 def _train_to(ranks, run_dir, steps, more):
     ranks.run(2, train_run, run_options(run_dir, steps, *more))
-    return files_of(run_dir, steps)
+    return tensors_of(run_dir, steps)
 
 
 def test_the_files_of_a_run_are_the_documented_ones(ranks, tmp_path):
@@ -264,4 +250,4 @@ def test_an_incomplete_checkpoint_is_ignored_and_cleaned_up(ranks, tmp_path):
     assert checkpoint is not None
     assert checkpoint.step == 2
     ranks.run(3, train_run, run_options(tmp_path / "b", 4, "checkpoint.every_steps=2"))
-    assert_same_files(files_of(tmp_path / "b", 4), files_of(tmp_path / "a", 4))
+    assert_same_files(tensors_of(tmp_path / "b", 4), tensors_of(tmp_path / "a", 4))
