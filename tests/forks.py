@@ -26,7 +26,6 @@ from pathlib import Path
 
 IMPORTED = (
     "torch.distributed.launcher.api",
-    "torch._dynamo",
     "torch.utils.tensorboard",
     "sklearn.model_selection",
     "matplotlib.figure",

@@ -279,7 +279,8 @@ def disturb(
         if pending is not None and launcher.num_starts() > pending.starts:
             watch.restart_s[pending.kind].append(watch.now() - pending.at_s)
             pending = None
-        for kind in [kind for kind, at_s in due.items() if watch.now() >= at_s]:
+        reached: list[Kind] = [kind for kind, at_s in due.items() if watch.now() >= at_s]
+        for kind in reached:
             is_writing = wait_until > 0 and watch.is_writing(run_dir)
             if pending is not None and pending.kind == "hang":
                 due[kind] = due_after(kind)  # it is to be noticed, not relieved

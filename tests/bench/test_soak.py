@@ -3,10 +3,11 @@
 import json
 import os
 import socket
+import subprocess
 
 import pytest
 
-from dbdist.bench.processes import Usage, listeners_of, marked, parent_of, usage_of
+from dbdist.bench.processes import Usage, listeners_of, parent_of, usage_of, writers_to
 from dbdist.bench.soak import Watch, read_metrics, usages
 
 
@@ -35,7 +36,7 @@ def test_growth_is_of_the_largest_minute_after_the_first_five(later_mb, growth):
     assert [row["growth"] for row in usages(watch, None)] == [None] * 3
 
 
-def test_proc_tells_what_this_process_holds_and_listens_on():
+def test_proc_tells_what_this_process_holds_and_listens_on(tmp_path):
     usage = usage_of(os.getpid())
     assert usage is not None
     assert usage.memory_mb > 10
@@ -45,4 +46,7 @@ def test_proc_tells_what_this_process_holds_and_listens_on():
     with server:
         assert place in {(s.address, s.port) for s in listeners_of([os.getpid()])}
     assert place not in {(s.address, s.port) for s in listeners_of([os.getpid()])}
-    assert marked("DBDIST_SOAK=nobody") == {}
+    log = tmp_path / "log"
+    with log.open("w") as out, subprocess.Popen(["cat"], stdin=-1, stdout=out) as writer:
+        assert [*writers_to(log)] == [writer.pid]
+    assert writers_to(log) == {}
