@@ -13,9 +13,8 @@ from reading import lines_of
 from replicas import LINEAR, engine_options
 
 from dbdist import seeds
-from dbdist.checkpoint import blocks_in
 from dbdist.checkpoint.manifest import complete_folders
-from dbdist.checkpoint.names import step_folders
+from dbdist.checkpoint.names import blocks_in, step_folders
 from dbdist.data import BatchStream, load_dataset
 from dbdist.errors import Fault
 from dbdist.monitor.monitor import Monitor
