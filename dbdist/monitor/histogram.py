@@ -1,6 +1,7 @@
-"""Where a block's noise levels fall and what its loss is there: batches in, JSON out; no files."""
+"""Where a block's levels fall and what it lost there: batches in, JSON out; no files."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,46 +9,60 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dbdist.monitor.levels import Levels
+
 
 @dataclass(eq=False)
-class SigmaHistogram:
-    """How often a block trained each sigma, and the cross-entropy there. Bins are even in ln sigma
-    and hold their lower edge; what lies outside [low, high] counts in the outermost ones."""
+class LevelHistogram:
+    """How often a block trained each level, and sums of what the task recorded of samples there.
 
+    Bins are even along the axis that shows the levels, and hold their lower edge; what lies outside
+    [low, high] counts in the outermost ones.
+    """
+
+    level: str
     block: int
     low: float
     high: float
+    is_log: bool = True
     num_bins: int = 32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    edges: Tensor = field(init=False, repr=False)
     counts: Tensor = field(init=False, repr=False)
-    cross_entropy_sums: Tensor = field(init=False, repr=False)
+    sums: dict[str, Tensor] = field(init=False, repr=False)
+    """By the task's name of what is summed."""
 
     def __post_init__(self) -> None:
-        assert 0 < self.low < self.high, (self.low, self.high)
-        ends = math.log(self.low), math.log(self.high)
-        edges = torch.linspace(*ends, self.num_bins + 1, dtype=torch.float64).exp()
-        self.edges = edges.to(self.device)
+        assert self.low < self.high, (self.low, self.high)
+        low, high = (math.log(v) if self.is_log else v for v in (self.low, self.high))
+        edges = torch.linspace(low, high, self.num_bins + 1, dtype=torch.float64)
+        edges = edges.exp() if self.is_log else edges
+        self._inner_edges = edges[1:-1].to(self.device)
         self.reset()
 
-    def reset(self) -> None:
-        zeros = torch.zeros(2, self.num_bins, dtype=torch.float64, device=self.device)
-        self.counts, self.cross_entropy_sums = zeros
+    @classmethod
+    def of(cls, levels: Levels, block: int, device: torch.device) -> "LevelHistogram":
+        """An empty one for the levels that a block trains on."""
+        low, high = levels.ranges[block]
+        return cls(levels.name, block, low, high, levels.is_log, device=device)
 
-    def add(self, sigma_N: Float[Tensor, " n"], cross_entropy_N: Float[Tensor, " n"]) -> None:
-        """Count a batch; stays on the device, so nothing waits."""
-        bin_N = torch.bucketize(sigma_N.detach().double(), self.edges[1:-1], right=True)
-        cross_entropy_N = cross_entropy_N.detach().double()
-        self.counts.scatter_add_(0, bin_N, torch.ones_like(cross_entropy_N))
-        self.cross_entropy_sums.scatter_add_(0, bin_N, cross_entropy_N)
+    def reset(self) -> None:
+        self.counts, self.sums = self._zeros(), {}
+
+    def add(self, level_N: Float[Tensor, " n"], per_sample: Mapping[str, Tensor]) -> None:
+        """Counts a batch; stays on the device, so nothing waits. per_sample: (n,) by name."""
+        bin_N = torch.bucketize(level_N.detach().double(), self._inner_edges, right=True)
+        self.counts.scatter_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.float64))
+        for name, value_N in per_sample.items():
+            sums = self.sums.setdefault(name, self._zeros())
+            sums.scatter_add_(0, bin_N, value_N.detach().double())
 
     def to_dict(self) -> dict[str, Any]:
-        bins = {key: getattr(self, key).tolist() for key in ("counts", "cross_entropy_sums")}
-        return {"block": self.block, "low": self.low, "high": self.high, **bins}
+        """For JSON, and for `figures.histogram_figure`."""
+        keys = ("level", "block", "low", "high", "is_log")
+        return {key: getattr(self, key) for key in keys} | {
+            "counts": self.counts.tolist(),
+            "sums": {name: sums.tolist() for name, sums in self.sums.items()},
+        }
 
-    @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> "SigmaHistogram":
-        histogram = cls(state["block"], state["low"], state["high"], len(state["counts"]))
-        for key in ("counts", "cross_entropy_sums"):
-            setattr(histogram, key, torch.tensor(state[key], dtype=torch.float64))
-        return histogram
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.num_bins, dtype=torch.float64, device=self.device)

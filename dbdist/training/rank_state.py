@@ -173,17 +173,17 @@ class RankState:
             groups = self.sync.optimizer.param_groups
             optimized += sum(p.numel() for group in groups for p in group["params"])
         layers = [i for owned in self.blocks for i in config.layers_of_block[owned.index]]
-        sigma = None
+        levels = None
         if config.mode != "end_to_end" and self.blocks:
             schedule = config.noise_schedule()
             ranges = [schedule.block_range(owned.index) for owned in self.blocks]
-            sigma = min(low for low, _ in ranges), max(high for _, high in ranges)
+            levels = min(low for low, _ in ranges), max(high for _, high in ranges)
         return Ownership(
             rank=topology.rank,
             block=", ".join(str(owned.index) for owned in self.blocks) or "-",
             replica=topology.replica,
             layers=f"{layers[0]}-{layers[-1]}" if layers else "-",
-            sigma=sigma,
+            levels=levels,
             parameters=own,
             shared_parameters=shared,
             optimizer_bytes=2 * optimized * self.shared.positions.element_size(),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dbdist.config.config import Config
 from dbdist.data import BatchStream
-from dbdist.monitor.histogram import SigmaHistogram
+from dbdist.monitor.histogram import LevelHistogram
 from dbdist.monitor.monitor import Monitor
 from dbdist.monitor.ownership import peak_memory_mb
 from dbdist.parallel.mailbox import Mailbox
@@ -29,10 +29,11 @@ class Trainee:
     owned: OwnedBlock
     steps_done: int
     batches: BatchStream
-    totals: Tensor
-    """Sums of loss, cross-entropy, gradient norm and steps since the last record, on the device,
-    without the steps that were skipped."""
-    histogram: SigmaHistogram | None
+    histogram: LevelHistogram | None
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    """Sums over the steps since the last record that were not skipped, on the device, by name."""
+    num_noted: int = 0
+    """Steps in these sums."""
     seconds: float = 0.0
     num_skipped: int = 0
     """Steps skipped since the last record."""
@@ -42,11 +43,18 @@ class Trainee:
 
 @dataclass
 class StepResult:
-    """What one step of a block has come to, over the parts of its batch."""
+    """What one step of a block has come to, over the micro-batches of its batch."""
 
     loss: Tensor
-    cross_entropy_N: list[Tensor]
-    sigma_N: list[Tensor]
+    per_sample: list[dict[str, Tensor]]
+    """What the task records of each sample (n,), by its own names."""
+    level_N: list[Tensor]
+    """Empty without levels."""
+
+    def values(self) -> dict[str, Tensor]:
+        """What the task records of all samples, by name."""
+        names = self.per_sample[0]
+        return {name: torch.cat([part[name] for part in self.per_sample]) for name in names}
 
 
 @dataclass(frozen=True)
@@ -78,13 +86,14 @@ class Records:
     def note(self, trainee: Trainee, done: StepResult, loss: float, grad_norm: float) -> None:
         """Adds a finite step to what the next record says."""
         trainee.skipped_in_a_row = 0
-        cross_entropy_N = torch.cat(done.cross_entropy_N)
-        trainee.totals[0] += done.loss
-        trainee.totals[1] += cross_entropy_N.mean()
-        trainee.totals[2] += grad_norm
-        trainee.totals[3] += 1
-        if trainee.histogram is not None and done.sigma_N:
-            trainee.histogram.add(torch.cat(done.sigma_N), cross_entropy_N)
+        trainee.num_noted += 1
+        values = done.values()
+        step = {name: value_N.detach().mean() for name, value_N in values.items()}
+        for name, value in {**step, "loss": done.loss, "grad_norm": grad_norm}.items():
+            total = trainee.totals.setdefault(name, torch.zeros_like(done.loss))
+            total += value
+        if trainee.histogram is not None and done.level_N:
+            trainee.histogram.add(torch.cat(done.level_N), values)
         if told := trainee.spikes.add(loss):
             place = f"block {trainee.owned.index}, step {trainee.steps_done + 1}"
             self.warn(f"{place}: {told} (gradient norm {grad_norm:.4g})")
@@ -113,36 +122,44 @@ class Records:
         }
 
     def _measure_block(self, trainee: Trainee, step: int) -> dict[str, float]:
-        topology, block = self.topology, trainee.owned.index
+        block = trainee.owned.index
         start = time.perf_counter()
-        totals = trainee.totals.clone()
-        if topology.replica_group is not None:
-            totals = totals.to(topology.wire_device)
-            dist.all_reduce(totals, group=topology.replica_group)
-            topology.meter.sent["metrics"] += totals.nbytes
-            topology.meter.received["metrics"] += totals.nbytes
-            totals /= topology.layout.num_replicas
-        loss, cross_entropy, norm, num_steps = totals.tolist()  # waits for a GPU's queued steps
+        means = self._means(trainee)
         seconds = trainee.seconds + time.perf_counter() - start
-        trainee.totals.zero_()
-        trainee.seconds = 0.0
-        num_skipped, trainee.num_skipped = trainee.num_skipped, 0
-        if topology.replica > 0:
+        num_steps, num_skipped = trainee.num_noted + trainee.num_skipped, trainee.num_skipped
+        trainee.seconds, trainee.num_noted, trainee.num_skipped = 0.0, 0, 0
+        if self.topology.replica > 0:
             return {}
-        counts: dict[str, float] = {}
+        scalars: dict[str, float] = {}
         if self.config.train.nonfinite == "skip":
-            counts = {f"train/skipped/block{block}": num_skipped}
-        if num_steps == 0:
-            return counts
-        samples = self.config.train.batch_size * (num_steps + num_skipped)
-        return counts | {
-            f"train/loss/block{block}": loss / num_steps,
-            f"train/cross_entropy/block{block}": cross_entropy / num_steps,
-            f"train/grad_norm/block{block}": norm / num_steps,
+            scalars = {f"train/skipped/block{block}": num_skipped}
+        if not means:
+            return scalars
+        scalars |= {f"train/{name}/block{block}": mean for name, mean in means.items()}
+        return scalars | {
             f"train/lr/block{block}": trainee.owned.engine.optimizer.param_groups[0]["lr"],
-            f"perf/step_ms/block{block}": 1e3 * seconds / (num_steps + num_skipped),
-            f"perf/samples_per_s/block{block}": samples / seconds,
+            f"perf/step_ms/block{block}": 1e3 * seconds / num_steps,
+            f"perf/samples_per_s/block{block}": self.config.train.batch_size * num_steps / seconds,
         }
+
+    def _means(self, trainee: Trainee) -> dict[str, float]:
+        """Means over the steps since the last record, by name; empties the sums.
+
+        Collective among the replicas of a block, whose sums have the same names.
+        """
+        topology, totals = self.topology, trainee.totals
+        trainee.totals = {}
+        if not totals:
+            return {}
+        sums = torch.stack(list(totals.values()))
+        if topology.replica_group is not None:
+            sums = sums.to(topology.wire_device)
+            dist.all_reduce(sums, group=topology.replica_group)
+            topology.meter.sent["metrics"] += sums.nbytes
+            topology.meter.received["metrics"] += sums.nbytes
+            sums /= topology.layout.num_replicas
+        means = sums / trainee.num_noted
+        return dict(zip(totals, means.tolist(), strict=True))  # waits for a GPU's queued steps
 
     def post(self, step: int, scalars: dict[str, float], with_histograms: bool) -> None:
         """Leaves a record for rank 0."""

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -113,12 +114,11 @@ def _train(config: Config, topology: Topology, held: ExitStack) -> Evaluation | 
             monitor.summary_of_blocks(steps, complete and complete.step, elapsed_s, peak_mb)  # type: ignore[arg-type]
         elif monitor is not None and evaluation is not None:
             write_evaluation(run_dir, evaluation)
-            monitor.summary(
-                evaluation.accuracy,
-                evaluation.accuracy_after_block,
-                elapsed_s,
-                peak_mb,  # type: ignore[arg-type]
-            )
+            figures = {
+                "accuracy": evaluation.accuracy,
+                "accuracy_after_block": evaluation.accuracy_after_block,
+            }
+            monitor.summary(figures, elapsed_s, peak_mb)  # type: ignore[arg-type]
     finally:
         if monitor is not None:
             monitor.close()
@@ -140,12 +140,14 @@ def open_monitor(config: Config, topology: Topology, trainer: Trainer) -> Monito
     try:
         return Monitor(
             Path(config.run_dir),
-            trainer.schedule,
+            trainer.levels,
             config.num_blocks,
             set(range(topology.world_size)),
             trainer.start_step,
             trainer.max_steps,
             blocks=config.trained_blocks,
+            is_in_step=config.parallel.sync == "step" and config.trained_blocks is None,
+            config=asdict(config),
         )
     except OSError as error:
         raise ConfigError(

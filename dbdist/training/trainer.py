@@ -27,7 +27,8 @@ from dbdist.checkpoint.writer import CheckpointWriter
 from dbdist.config.config import Config
 from dbdist.data import BatchStream, ImageDataset
 from dbdist.errors import CheckpointError, Fault
-from dbdist.monitor.histogram import SigmaHistogram
+from dbdist.monitor.histogram import LevelHistogram
+from dbdist.monitor.levels import levels_of
 from dbdist.monitor.monitor import Monitor
 from dbdist.parallel.health.stopping import GONE, Stop
 from dbdist.parallel.topology import Topology
@@ -61,6 +62,7 @@ class Trainer:
         self.train_set, self.test_set = train_set, test_set
         check_test_set(config, test_set)
         self.schedule = None if config.mode == "end_to_end" else config.noise_schedule()
+        self.levels = levels_of(self.schedule)
         self.max_steps = config.max_steps(len(train_set))
         self.start_step = checkpoint.step if checkpoint else 0
         blocks = own_blocks(config, topology) if blocks is None else blocks
@@ -176,8 +178,8 @@ class Trainer:
                 with self._phase("backward"):
                     owned.engine.backward(loss.value / parts)
             done.loss += loss.value.detach() / parts
-            done.cross_entropy_N.append(loss.cross_entropy_N)
-            done.sigma_N += [part.sigma_N] if part else []
+            done.per_sample.append({"cross_entropy": loss.cross_entropy_N})
+            done.level_N += [part.sigma_N] if part else []
         with self._phase("optimizer"):
             norm, scale = state.clip_gradients(owned, done.loss)
             loss_value, norm_value = torch.stack([done.loss, norm.to(done.loss)]).tolist()
@@ -226,8 +228,8 @@ class Trainer:
             loss=loss,
             grad_norm=grad_norm,
             indices=trainee.batches.indices_of_step(trainee.steps_done),
-            cross_entropy_N=torch.cat(done.cross_entropy_N),
-            sigma_N=torch.cat(done.sigma_N) if done.sigma_N else None,
+            cross_entropy_N=done.values()["cross_entropy"],
+            sigma_N=torch.cat(done.level_N) if done.level_N else None,
             grad_norms=norms_of(gradients) | norms_of({PREFIX + n: g for n, g in shared.items()}),
             lr=owned.engine.optimizer.param_groups[0]["lr"],
         )
@@ -426,9 +428,8 @@ class Trainer:
         if config.mode == "sequential":
             steps_done = sum(turns.count(block) for turns in self._order[: self.start_step])
         histogram = None
-        if self.schedule is not None:
-            low, high = self.schedule.block_range(block)
-            histogram = SigmaHistogram(block, low, high, device=device)
+        if self.levels is not None:
+            histogram = LevelHistogram.of(self.levels, block, device)
         batches = BatchStream(
             self.train_set,
             config.train.batch_size,
@@ -440,8 +441,7 @@ class Trainer:
             num_workers=config.data.num_workers,
             pin_memory=device.type == "cuda",
         )
-        totals = torch.zeros(4, dtype=torch.float64, device=device)
-        return Trainee(owned, steps_done, batches, totals, histogram)
+        return Trainee(owned, steps_done, batches, histogram)
 
     def _block_order(self) -> list[list[int]]:
         """The blocks trained in each step: this rank's, or num_blocks random ones in sequential

@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -17,22 +16,24 @@ import pytest
 import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dbdist.monitor.display import SteadyConsole
-from dbdist.monitor.histogram import SigmaHistogram
+from dbdist.monitor.histogram import LevelHistogram
+from dbdist.monitor.levels import levels_of
 from dbdist.monitor.monitor import Monitor
-from dbdist.monitor.ownership import Ownership, human_bytes, peak_memory_mb
 from dbdist.processes.gaussian import NoiseSchedule
 
-SCHEDULE = NoiseSchedule(2, p_mean=0.0)
+LEVELS = levels_of(NoiseSchedule(2, p_mean=0.0))
+assert LEVELS is not None
 
 
 def build_monitor(
-    run_dir: Path, reporters: tuple[int, ...] = (0, 1), start=0, end=100, terminal=False
+    run_dir: Path, reporters: tuple[int, ...] = (0, 1), start=0, end=100, terminal=False, **options
 ) -> tuple[Monitor, io.StringIO]:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=100, color_system="standard")
-    return Monitor(run_dir, SCHEDULE, 2, set(reporters), start, end, console), out
+    return Monitor(run_dir, LEVELS, 2, set(reporters), start, end, console, **options), out
 
 
 def read_lines(run_dir: Path) -> list[dict]:
@@ -44,10 +45,8 @@ def read_lines(run_dir: Path) -> list[dict]:
 
 
 def read_tensorboard(run_dir: Path) -> EventAccumulator:
-    events = EventAccumulator(
-        str(run_dir / "tensorboard"), size_guidance={"scalars": 0, "images": 0}
-    )
-    return events.Reload()
+    sizes = {"scalars": 0, "images": 0, "tensors": 0}
+    return EventAccumulator(str(run_dir), size_guidance=sizes).Reload()
 
 
 def loss(rank: int, value: float = 1.0) -> dict[str, float]:
@@ -123,9 +122,7 @@ def test_an_exception_inside_with_still_writes_everything(tmp_path):
     assert [line["step"] for line in read_lines(tmp_path)] == [1]
 
 
-def test_a_full_disk_costs_records_and_not_the_run(small_disk, capsys, monkeypatch):
-    printed: list[threading.ExceptHookArgs] = []
-    monkeypatch.setattr(threading, "excepthook", printed.append)
+def test_a_full_disk_costs_records_and_not_the_run(small_disk, capsys):
     monitor, _ = build_monitor(small_disk.path, reporters=(0,))
     monitor.record(0, 1, loss(0))
     filler = small_disk.path / "filler"
@@ -145,7 +142,8 @@ def test_a_full_disk_costs_records_and_not_the_run(small_disk, capsys, monkeypat
     assert warnings.count("training goes on") == 1
     assert "cannot be written (No space left on device)" in " ".join(warnings.split())
     assert "Traceback" not in warnings
-    assert not printed, "TensorBoard's thread ends quietly"
+    scalars = read_tensorboard(small_disk.path).Scalars("train/loss/block0")
+    assert (scalars[0].step, scalars[-1].step) == (1, 201)
 
 
 def test_what_is_added_to_a_written_step_amends_its_line(tmp_path):
@@ -169,7 +167,7 @@ def test_a_rank_that_goes_back_is_named(tmp_path):
             monitor.record(1, 4, loss(1))
 
 
-def test_resume_cuts_later_steps_and_a_torn_line_and_has_no_step_twice(tmp_path):
+def test_resume_cuts_later_steps_and_a_torn_line_and_has_no_step_twice(tmp_path, capsys):
     first, _ = build_monitor(tmp_path, reporters=(0,))
     for step in range(1, 7):
         first.record(0, step, loss(0, step))
@@ -178,8 +176,8 @@ def test_resume_cuts_later_steps_and_a_torn_line_and_has_no_step_twice(tmp_path)
         file.write(b'{"step": 3, "time_s": 0.1, "train/lo')
     kept = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:4]
 
-    time.sleep(1)  # TensorBoard orders its files by the second in which they were begun
     resumed, _ = build_monitor(tmp_path, reporters=(0,), start=4)
+    assert "had a line that was torn" in " ".join(capsys.readouterr().err.split())
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(kept)
     resumed.record(0, 4, {"val/accuracy": 0.5})  # amends the line of the first process
     resumed.record(0, 5, loss(0, 50))
@@ -245,26 +243,73 @@ def test_nan_and_infinities_are_strings_in_valid_json(tmp_path):
     assert [line[tag] for tag in "abcd"] == ["nan", "inf", "-inf", "nan"]
 
 
-def test_tensorboard_has_the_same_scalars_and_the_images(tmp_path):
+def test_tensorboard_has_the_same_scalars_with_train_and_val_first_and_the_pictures(tmp_path):
     monitor, _ = build_monitor(tmp_path)
-    monitor.ownership([])
-    histogram = SigmaHistogram(1, *SCHEDULE.block_range(1))
-    histogram.add(SCHEDULE.sample_sigma(1, 100), torch.rand(100))
+    histogram = LevelHistogram.of(LEVELS, 1, torch.device("cpu"))
+    histogram.add(torch.linspace(0.01, 0.5, 100), {"energy": torch.rand(100)})
     for step in (1, 2):
-        monitor.record(0, step, {"train/loss/block0": 0.5 * step, "val/accuracy": 0.25})
+        scalars = {"train/loss/block0": 0.5 * step, "val/accuracy": 0.25, "comm/bytes/rank0": 7}
+        monitor.record(0, step, scalars)
         # A record crosses processes as JSON or pickle.
         state = json.loads(json.dumps(histogram.to_dict()))
         monitor.record(1, step, loss(1), state if step == 2 else None)
+    monitor.summary({"accuracy": 0.25}, 1.0, {})
     monitor.close()
     events = read_tensorboard(tmp_path)
     lines = read_lines(tmp_path)
-    tags = {tag for line in lines for tag in line} - {"step", "time_s"}
-    assert set(events.Tags()["scalars"]) == tags
-    for tag in tags:
-        seen = [(event.step, event.value) for event in events.Scalars(tag)]
+    tags = {tag: tag for line in lines for tag in line if tag not in ("step", "time_s")}
+    tags["work/comm/bytes/rank0"] = tags.pop("comm/bytes/rank0")
+    assert set(events.Tags()["scalars"]) == set(tags)
+    for shown, tag in tags.items():
+        seen = [(event.step, event.value) for event in events.Scalars(shown)]
         assert seen == [(line["step"], line[tag]) for line in lines]
+    assert sorted(tags, key=str.lower)[-1].startswith("work/")
     images = {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
-    assert images == {"noise/partition": [0], "noise/sigma_cross_entropy/block1": [2]}
+    assert images == {"train/levels": [0], "train/sigma_energy/block1": [2]}
+
+
+def test_tensorboard_has_the_configuration_and_the_final_figures(tmp_path):
+    config = {"seed": 3, "train": {"lr": 0.1, "betas": [0.9, 0.95], "is_fast": True}}
+    monitor, _ = build_monitor(tmp_path, reporters=(0,), config=config)
+    monitor.record(0, 1, {"val/score": 0.5})
+    monitor.summary({"score": 0.5, "score_after_block": [0.25, 0.5], "none": None}, 1.0, {})
+    monitor.close()
+    events = read_tensorboard(tmp_path)
+    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert (
+        text
+        == "    seed: 3\n    train.lr: 0.1\n    train.betas: [0.9, 0.95]\n    train.is_fast: True"
+    )
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    options = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert (options["train.lr"].number_value, options["seed"].number_value) == (0.1, 3)
+    content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    experiment = HParamsPluginData.FromString(content).experiment
+    assert [metric.name.tag for metric in experiment.metric_infos] == ["val/score"]
+
+
+def test_a_run_from_before_goes_on_in_its_folder_tensorboard(tmp_path):
+    (tmp_path / "old" / "tensorboard").mkdir(parents=True)
+    for name, folder in (("old", "tensorboard/blocks-0"), ("new", "blocks-0")):
+        with build_monitor(tmp_path / name, reporters=(0,), blocks=(0,))[0] as monitor:
+            monitor.record(0, 1, loss(0))
+        (file,) = (tmp_path / name).rglob("*tfevents*")
+        assert file.parent == tmp_path / name / folder
+
+
+def test_pictures_that_cannot_be_drawn_are_one_warning(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "absent"))
+    monitor, _ = build_monitor(tmp_path, reporters=(0,))
+    histogram = LevelHistogram.of(LEVELS, 1, torch.device("cpu"))
+    histogram.add(torch.ones(1), {"a": torch.ones(1), "b": torch.ones(1)})
+    for step in (1, 2, 3):
+        monitor.record(0, step, loss(0), histogram.to_dict())
+    monitor.close()
+    warnings = " ".join(capsys.readouterr().err.split())
+    assert (
+        warnings.count("pictures for TensorBoard are not drawn") == warnings.count("warning") == 1
+    )
+    assert len(read_lines(tmp_path)) == 3
 
 
 def test_plain_output_is_bounded_has_no_ansi_and_shows_first_and_last_step(tmp_path):
@@ -304,7 +349,7 @@ def test_live_display_has_a_line_per_block_and_is_not_torn_by_messages(tmp_path)
     assert "\x1b[2K" in text  # the bars were redrawn in place
     assert all(f"saved [step] {step}\n" in text for step in (1, 2, 3))
     last_frame = text[text.rindex("block 0") :]
-    low, high = SCHEDULE.block_range(0)
+    low, high = LEVELS.ranges[0]
     assert f"sigma {low:.3g} .. {high:.3g}" in last_frame
     assert last_frame.count("3/3") == 2
     assert last_frame.count("loss 0.2500") == 2
@@ -319,11 +364,11 @@ def test_a_console_that_is_full_or_closed_costs_nothing(tmp_path, monkeypatch, t
     for number, file in enumerate((open("/dev/full", "w"), os.fdopen(write, "w"))):
         console = SteadyConsole(file=file, force_terminal=terminal, width=100)
         monkeypatch.setattr(sys, "stderr", file)
-        monitor = Monitor(tmp_path / f"{number}", SCHEDULE, 2, {0}, 0, 100, console)
+        monitor = Monitor(tmp_path / f"{number}", LEVELS, 2, {0}, 0, 100, console)
         monitor.ownership([])
         monitor.record(0, 1, loss(0) | {"val/accuracy": 0.5})
         monitor.warn("of something")
-        monitor.summary(0.5, [0.5], 1.0, {0: 1.0})
+        monitor.summary({"accuracy": 0.5}, 1.0, {0: 1.0})
         monitor.close()
         assert [line["step"] for line in read_lines(tmp_path / f"{number}")] == [1]
         with suppress(OSError):
@@ -338,43 +383,19 @@ def test_warnings_go_to_stderr(tmp_path, capsys):
     assert out.getvalue() == ""
 
 
-def test_ownership_lists_ranks_and_marks_the_owner_of_the_shared_modules(tmp_path):
-    monitor, out = build_monitor(tmp_path)
-    common = {"replica": 0, "optimizer_bytes": 1536, "device": "cpu", "shared_parameters": 4096}
-    rows = [
-        Ownership(rank=1, block="0", layers="0-1", sigma=(0.5, 80.0), parameters=25600,
-                  owns_shared=False, **common),
-        Ownership(rank=0, block="-", layers="-", sigma=None, parameters=0,
-                  owns_shared=True, **common),
-    ]  # fmt: skip
-    monitor.ownership(rows)
-    monitor.close()
-    coordinator, block_0 = (line.split() for line in out.getvalue().splitlines() if "cpu" in line)
-    assert [cell for cell in coordinator if cell != "│"][:7] == [
-        "0",
-        "-",
-        "-",
-        "-",
-        "-",
-        "0",
-        "4,096",
-    ]
-    assert "*" in coordinator
-    assert "*" not in block_0
-    assert {"0-1", "0.5", "80", "25,600", "1.5", "KiB"} <= set(block_0)
-
-
 def test_summary_names_the_files_that_exist(tmp_path):
     monitor, out = build_monitor(tmp_path)
     for step in ("step-00000005", "step-00000010"):
         (tmp_path / "checkpoints" / step).mkdir(parents=True)
         (tmp_path / "checkpoints" / step / "manifest.json").touch()
     (tmp_path / "checkpoints" / "step-00000015").mkdir()  # incomplete: no manifest
-    monitor.summary(0.9, [0.5, 0.9], 3723.0, {0: 512.0, 1: 2048.0})
-    monitor.summary(None, [], 31.4, {})
+    figures = {"accuracy": 0.9, "accuracy_after_block": [0.5, 0.9]}
+    monitor.summary(figures, 3723.0, {0: 512.0, 1: 2048.0})
+    monitor.summary({"accuracy": None, "accuracy_after_block": []}, 31.4, {})
     monitor.close()
     text = out.getvalue()
     for expected in (
+        "accuracy after block",
         "0.9000",
         "0: 0.5000  1: 0.9000",
         "1:02:03",
@@ -387,69 +408,9 @@ def test_summary_names_the_files_that_exist(tmp_path):
     assert "evaluation.json" not in text
 
 
-def test_histogram_totals_equal_numpys(tmp_path):
-    low, high = SCHEDULE.block_range(0)
-    histogram = SigmaHistogram(0, low, high, num_bins=10)
-    sigma = SCHEDULE.sample_sigma(0, 1000)
-    sigma[:2] = torch.tensor([low, high])
-    cross_entropy = torch.rand(1000, generator=torch.Generator().manual_seed(0))
-    for part in range(0, 1000, 250):
-        histogram.add(sigma[part : part + 250], cross_entropy[part : part + 250])
-    edges = np.geomspace(low, high, 11)
-    edges[0], edges[-1] = low, high
-    counts, _ = np.histogram(sigma.numpy(), edges)
-    sums, _ = np.histogram(sigma.numpy(), edges, weights=cross_entropy.double().numpy())
-    np.testing.assert_array_equal(histogram.counts.numpy(), counts)
-    np.testing.assert_allclose(histogram.cross_entropy_sums.numpy(), sums, rtol=1e-12)
-
-    copy = SigmaHistogram.from_dict(json.loads(json.dumps(histogram.to_dict())))
-    assert copy.to_dict() == histogram.to_dict()
-    histogram.reset()
-    assert histogram.counts.sum() == histogram.cross_entropy_sums.sum() == 0
-    assert copy.counts.sum() == 1000
-
-
-def test_sigma_outside_the_range_counts_in_the_outermost_bins():
-    histogram = SigmaHistogram(0, 1.0, 16.0, num_bins=4)
-    histogram.add(torch.tensor([0.5, 99.0]), torch.tensor([1.0, 2.0]))
-    assert histogram.counts.tolist() == [1, 0, 0, 1]
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**30, "1.0 GiB"), (2**52, "4096.0 TiB")],
-)
-def test_human_bytes(num_bytes, text):
-    assert human_bytes(num_bytes) == text
-
-
-def test_peak_memory_covers_what_this_process_holds():
-    before = peak_memory_mb(torch.device("cpu"))
-    held = torch.ones(64 * 2**20, dtype=torch.uint8)
-    assert held.numel() / 2**20 == 64 < before <= peak_memory_mb(torch.device("cpu")) < 2**20
-
-
 def test_importing_monitor_loads_neither_tensorboard_nor_matplotlib():
     code = "import sys, dbdist.monitor.monitor; print(*sys.modules)"
     command = [sys.executable, "-c", code]
     modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert "dbdist.monitor.monitor" in modules
     assert not {"tensorboard", "matplotlib", "rich.live"} & set(modules)
-
-
-def test_errors_of_other_threads_and_other_errors_are_printed_as_before(tmp_path, monkeypatch):
-    printed: list[threading.ExceptHookArgs] = []
-    monkeypatch.setattr(threading, "excepthook", printed.append)
-    monitor, _ = build_monitor(tmp_path)
-    for _ in range(2):
-        thread = threading.Thread(target=(tmp_path / "absent").read_bytes)
-        thread.start()
-        thread.join()
-    writer = monitor._tensorboard.writer._get_file_writer().event_writer._async_writer
-    writer._byte_queue.put("no bytes")
-    writer._worker.join(10)
-    monitor._tensorboard.drop()
-    monitor.close()
-    *others, own = [args.exc_type for args in printed]
-    assert others == [FileNotFoundError, FileNotFoundError]
-    assert not issubclass(own, OSError)
