@@ -31,7 +31,7 @@ class Config:
     """A run of dbdist."""
 
     run_dir: str = "runs/default"
-    """Folder of the run's files: config.yaml, metrics.jsonl, tensorboard/, checkpoints/,
+    """Folder of the run's files: config.yaml, metrics.jsonl, TensorBoard's events, checkpoints/,
     evaluation.json."""
     seed: int = 0
     """Names every random stream: initial weights, data order, noise, dropout."""

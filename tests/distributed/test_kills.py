@@ -90,7 +90,7 @@ def kill_from_outside(job, from_outside, run_dir):
 
 
 def tensorboard_of(run_dir, tag):
-    board = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    board = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     return [(event.step, event.value) for event in board.Scalars(tag)]
 
 

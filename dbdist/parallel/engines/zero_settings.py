@@ -37,7 +37,7 @@ OURS = {
     "torch_autocast": "train.precision",
     "activation_checkpointing": "train.activation_checkpointing",
     "checkpoint": "the section checkpoint",
-    "tensorboard": "RUN/tensorboard, which is always written",
+    "tensorboard": "the events in RUN, which are always written",
 }
 """Sections that would say a second time what the run's configuration says, and where it does."""
 
