@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "score a run's checkpoint on the test set, through the chain or in one process",
     "plan": "show which block would go on which GPUs of which node, what it needs there, and what "
     "to type",
+    "check-data": "open every picture once and list what cannot be used",
     "export": "write a run's model as one model.safetensors + config.json for dbdist.load",
     "merge": "join blocks of one model that were trained in different places into one run",
     "import-published": "convert weights of the published ViT code to an exported model",
@@ -39,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
         from dbdist.evaluate import main as run
     elif command == "plan":
         from dbdist.commands.plan import main as run
+    elif command == "check-data":
+        from dbdist.commands.check_data import main as run
     elif command == "export":
         from dbdist.commands.export import main as run
     elif command == "merge":

@@ -1,5 +1,6 @@
 """What every set of samples offers to training and evaluation, whatever its samples are."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -40,7 +41,7 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitems__(self, keys: list[Key]) -> Batch:
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """The batch of these samples, in the order of the keys."""
         ...
 

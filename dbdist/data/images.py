@@ -100,7 +100,7 @@ class ImageDataset:
         """One sample: its "image" (c, h, w) and its "label"."""
         return {name: values[0] for name, values in self.__getitems__([key]).items()}
 
-    def __getitems__(self, keys: list[Key]) -> Batch:
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """The "image" (n, c, h, w) and "label" (n,) of these samples."""
         index = torch.tensor(
             [key if isinstance(key, int) else key[0] for key in keys], dtype=torch.int64

@@ -5,21 +5,16 @@ Takes a `Dataset`, gives its batches. Position p of a block's training stream na
 sample and its augmentation, so batches do not depend on replicas, workers or where a run resumed.
 """
 
-import contextlib
-import os
-import signal
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterator
 from itertools import count
-from typing import Any, cast
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from dbdist import seeds
 from dbdist.data.base import Batch, Dataset, Key
-from dbdist.errors import DataError
+from dbdist.data.workers import load_batches
 
 
 class BatchStream(Iterator[Batch]):
@@ -56,7 +51,9 @@ class BatchStream(Iterator[Batch]):
         self.num_replicas = num_replicas
         self._permutation: tuple[int, Int64[Tensor, " n"]] = (0, self._draw(0))
         steps = count(start_step) if num_steps is None else range(start_step, num_steps)
-        self._batches = _load(dataset, map(self.keys_of_step, steps), num_workers, pin_memory)
+        self._batches = load_batches(
+            dataset, map(self.keys_of_step, steps), num_workers, pin_memory
+        )
 
     def __next__(self) -> Batch:
         return next(self._batches)
@@ -113,54 +110,9 @@ def test_batches(
     starts = range(0, num_test_samples(dataset, batch_size, drop_last), batch_size)
     mine = range(shard, len(starts), num_shards)
     keys = ([*range(len(dataset))[starts[i] : starts[i] + batch_size]] for i in mine)
-    batches = _load(dataset, keys, num_workers)
+    batches = load_batches(dataset, keys, num_workers)
     for i, batch in zip(mine, batches, strict=True):
         yield batch, i
 
 
 test_batches.__test__ = False  # type: ignore  # nor shall pytest take it for one
-
-
-def _load(
-    dataset: Dataset, keys: Iterable[list[Any]], num_workers: int, pin_memory: bool = False
-) -> Generator[Batch, None, None]:
-    """A generator of the batches of these keys, in order; ending or closing it ends its workers."""
-    if num_workers == 0:
-        for batch_keys in keys:
-            batch = dataset.__getitems__(batch_keys)
-            yield {n: v.pin_memory() for n, v in batch.items()} if pin_memory else batch
-        return
-    loader = DataLoader(
-        cast(Any, dataset),
-        batch_sampler=cast(Any, keys),
-        num_workers=num_workers,
-        prefetch_factor=2,
-        collate_fn=_as_it_is,
-        worker_init_fn=_start_worker,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # else it draws a number from the global one
-    )
-    workers: Any = iter(loader)
-    try:
-        yield from workers
-    except (
-        DataError
-    ) as error:  # its text holds the worker's traceback; the last line is the message
-        message = str(error).rstrip().rpartition(f"{DataError.__name__}: ")[2]
-        raise DataError(message) from None
-    finally:
-        with contextlib.suppress(RuntimeError):  # a worker that dies while it is told to end
-            workers._shutdown_workers()
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _start_worker(worker_id: int) -> None:
-    os.setpgid(0, 0)  # launchers signal a rank's whole group, which means its main process
-    signal.set_wakeup_fd(-1)  # signals of this process are not the main one's
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # … with this one
-    torch.set_num_threads(1)

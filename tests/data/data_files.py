@@ -2,16 +2,18 @@
 
 import hashlib
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision import datasets
 
 from dbdist.config.options import DataConfig
-from dbdist.data import load_dataset
+from dbdist.data import Batch, Key, load_dataset
 from dbdist.errors import DataError
 
 CIFAR: dict[str, Any] = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
@@ -55,7 +57,7 @@ def write_folder(root: Path, *classes: str, n: int = 2) -> DataConfig:
     for split in ("train", "val"):
         for shade, name in enumerate(classes):
             for i in range(n):
-                write_image(root / split / name / f"{i}.png", 8, 8, shade)
+                write_image(root / split / name / f"{i}.png", 8, 8, 20 * shade + i)
     return config("image_folder", root, image_size=8)
 
 
@@ -73,3 +75,19 @@ def refusal(data: DataConfig, split: Literal["train", "test"] = "train") -> str:
 def assert_one_sentence(error: Exception) -> None:
     assert str(error).isprintable()
     assert len(str(error)) < 1000
+
+
+class Points:
+    """A set of another kind: points of the plane, their squares, and nothing of images."""
+
+    spec, augments = cast(Any, None), False
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        points = torch.tensor(keys, dtype=torch.float64).unsqueeze(1) + torch.tensor([0.0, 0.5])
+        return {"point": points, "square": points**2}
+
+    def digest(self) -> str:
+        return ""

@@ -2,26 +2,20 @@
 
 import multiprocessing
 import time
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
 from dbdist.config.options import AugmentConfig, DataConfig
 from dbdist.data import (
-    Batch,
     BatchStream,
     Dataset,
-    ImageFiles,
     ImagesInMemory,
-    Key,
     dataset_spec,
     num_test_samples,
     test_batches,
 )
-from dbdist.data.folders import PictureFile
-from dbdist.errors import DataError
 
 AUGMENT = AugmentConfig(crop_padding=2, flip=True, randaugment_ops=1)
 
@@ -128,47 +122,6 @@ def test_workers_give_the_same_bits_and_end_with_the_stream() -> None:
 def test_workers_end_after_the_last_step() -> None:
     assert len(list(stream(numbered(), num_steps=3, num_workers=1))) == 3
     assert workers() == []
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_unreadable_image_is_told_in_one_sentence(tmp_path: Path, num_workers: int) -> None:
-    path = tmp_path / "a.png"
-    path.write_bytes(b"no image")
-    spec = dataset_spec(DataConfig(name="tiny-imagenet"))
-    broken = stream(
-        ImageFiles(spec, tmp_path, [PictureFile(path, 8)] * 4, [0] * 4), num_workers=num_workers
-    )
-    with pytest.raises(DataError) as caught:
-        next(broken)
-    assert str(caught.value).startswith(f"{path} is not a readable image")
-    assert "\n" not in str(caught.value)
-    assert workers() == []
-
-
-class Points:
-    """A set of another kind: points of the plane, their squares, and nothing of images."""
-
-    spec, augments = cast(Any, None), False
-
-    def __len__(self) -> int:
-        return 6
-
-    def __getitems__(self, keys: list[Key]) -> Batch:
-        points = torch.tensor(keys, dtype=torch.float64).unsqueeze(1) + torch.tensor([0.0, 0.5])
-        return {"point": points, "square": points**2}
-
-    def digest(self) -> str:
-        return ""
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_any_mapping_of_tensors_is_loaded(num_workers: int) -> None:
-    points = Points()
-    (batch,) = stream(points, batch_size=6, num_steps=1, num_workers=num_workers)
-    assert sorted(batch["point"][:, 0].tolist()) == [0, 1, 2, 3, 4, 5]
-    assert torch.equal(batch["square"], batch["point"] ** 2)
-    batches = list(test_batches(points, 4, num_workers=num_workers))
-    assert [(len(batch["point"]), i) for batch, i in batches] == [(4, 0), (2, 1)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

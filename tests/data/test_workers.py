@@ -1,0 +1,162 @@
+"""Workers that load: what ends them, what they say, and that nothing waits for them."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_files import Points, config, write_folder
+
+from dbdist.data import Batch, BatchStream, Key, load_dataset, test_batches
+from dbdist.data import workers as module
+from dbdist.data.workers import load_batches
+from dbdist.errors import DataError
+
+KEYS = [[0, 1], [2, 3], [4, 5]] * 4
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Fails(Points):
+    """Points whose worker meets with something at its third sample."""
+
+    def __init__(self, mishap: Callable[[], Any]) -> None:
+        self.mishap = mishap
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        batch = super().__getitems__(keys)
+        return {**batch, **(self.mishap() or {})} if 2 in keys else batch
+
+
+def processes() -> list[Any]:
+    """The loaders' processes; those of `ranks.RankPool`, which may be there, are spawned."""
+    spawned = multiprocessing.get_context("spawn").Process
+    return [p for p in multiprocessing.active_children() if not isinstance(p, spawned)]
+
+
+def ending(mishap: Callable[[], Any]) -> str:
+    """What loading says when this happens in a worker; it must say so within seconds."""
+    start = time.monotonic()
+    with pytest.raises(DataError) as caught:
+        list(load_batches(Fails(mishap), KEYS, num_workers=1))
+    assert time.monotonic() - start < 20
+    assert str(caught.value).isprintable()
+    assert processes() == []
+    return str(caught.value)
+
+
+def kill(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def test_a_worker_that_is_killed_ends_the_loading() -> None:
+    assert "was killed, as when memory runs out" in ending(kill(signal.SIGKILL))
+    assert "was ended by signal 15" in ending(kill(signal.SIGTERM))
+    assert "ended with exit code 3" in ending(lambda: os._exit(3))
+
+
+def no_room() -> Batch:
+    """Files, which shared memory is, may not grow: as with a full /dev/shm."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    return {"large": torch.zeros(100_000)}
+
+
+def test_a_batch_that_does_not_fit_into_shared_memory_ends_the_loading() -> None:
+    for message in (ending(no_room), ending(kill(signal.SIGBUS))):
+        assert "found no room for its batch in /dev/shm" in message
+        assert "--shm-size" in message
+        assert "data.num_workers 0" in message
+
+
+def test_a_batch_that_cannot_be_sent_ends_the_loading() -> None:
+    message = ending(lambda: {"no tensor": lambda: None})
+    assert f"ended with exit code {module.UNSENT}" in message
+
+
+def test_workers_without_files_left_end_the_loading() -> None:
+    def few_files() -> Batch:
+        limit = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        return {"large": torch.zeros(100_000)}
+
+    assert "too many open files" in ending(few_files)
+
+
+def test_a_worker_that_stands_still_is_waited_for_so_long_and_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "WAIT_S", 1.5)
+    assert "no batch has come for 2 s" in ending(kill(signal.SIGSTOP))
+
+
+def test_a_death_is_noticed_where_the_next_batch_is_asked_for() -> None:
+    """And not wherever the main process is at that moment."""
+    batches = load_batches(Points(), KEYS, num_workers=1)
+    next(batches)
+    (worker,) = processes()
+    os.kill(worker.pid, signal.SIGKILL)
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        sum(range(1000))
+    with pytest.raises(DataError, match="was killed"):
+        list(batches)
+
+
+def test_a_mistake_in_a_set_keeps_its_traceback() -> None:
+    def mistake() -> None:
+        raise RuntimeError("wrong shape")
+
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*in mistake.*wrong shape"):
+        list(load_batches(Fails(mistake), KEYS, num_workers=1))
+    assert processes() == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_any_mapping_of_tensors_is_loaded(num_workers: int) -> None:
+    points = Points()
+    (batch,) = BatchStream(points, 6, seed=1, block=0, num_steps=1, num_workers=num_workers)
+    assert sorted(batch["point"][:, 0].tolist()) == [0, 1, 2, 3, 4, 5]
+    assert torch.equal(batch["square"], batch["point"] ** 2)
+    batches = list(test_batches(points, 4, num_workers=num_workers))
+    assert [(len(batch["point"]), i) for batch, i in batches] == [(4, 0), (2, 1)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_damaged_picture_stops_in_one_sentence_after_the_batches_before(
+    tmp_path: Path, num_workers: int
+) -> None:
+    data = write_folder(tmp_path, "cat", n=6)
+    path = tmp_path / "train/cat/3.png"
+    path.write_bytes(b"no picture")
+    batches = load_batches(load_dataset(data, "train"), KEYS, num_workers)
+    assert len(next(batches)["label"]) == 2
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    assert str(caught.value).startswith(f"{path} is not a readable image")
+    assert str(caught.value).isprintable()
+    assert processes() == []
+
+
+def test_damaged_pictures_are_replaced_the_same_way_by_any_workers_and_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_folder(tmp_path, "cat", n=6)
+    path = tmp_path / "train/cat/3.png"
+    path.write_bytes(b"no picture")
+    data = config("image_folder", tmp_path, image_size=8, on_error="skip")
+    seen = []
+    for num_workers in (0, 1, 2):
+        caplog.clear()
+        batches = list(load_batches(load_dataset(data, "train"), KEYS, num_workers))
+        seen.append(torch.cat([batch["image"] for batch in batches]))
+        named, count = (record.getMessage() for record in caplog.records)
+        assert named.startswith(f"{path} is not a readable image")
+        assert named.endswith("takes its place")
+        assert count == "4 samples were replaced because 1 files are damaged"
+    assert all(torch.equal(seen[0], other) for other in seen)
