@@ -86,11 +86,8 @@ class Monitor(AbstractContextManager["Monitor"]):
         assert step >= last, f"rank {rank} recorded step {step} after step {last}"
         self._last_step_of_rank[rank] = step
         self._pending.setdefault(step, {}).update(scalars)
-        self._write_through(min(self._last_step_of_rank.values()))
         self._display.update(step, scalars)
-        if figures := _final_figures(scalars):
-            texts = (f"val/{name} {self._form.format(value)}" for name, value in figures.items())
-            self.message(f"[step {step}] {' | '.join(texts)}")
+        self._write_through(min(self._last_step_of_rank.values()))
         if histogram is not None:
             for name in histogram["sums"]:
                 tag = f"train/{histogram['level']}_{name}/block{histogram['block']}"
@@ -195,6 +192,9 @@ class Monitor(AbstractContextManager["Monitor"]):
                 self._metrics.write(step, scalars)
             with self._surviving(self._board.folder):
                 self._board.scalars(step, scalars)
+            if figures := _final_figures(scalars):
+                texts = (f"val/{name} {self._form.format(v)}" for name, v in figures.items())
+                self.message(f"[step {step}] {' | '.join(texts)}")
 
     def _hang_pictures(self, patience_s: float = 0.0) -> None:
         """Puts the pictures that are drawn where TensorBoard finds them."""
