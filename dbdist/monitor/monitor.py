@@ -160,7 +160,6 @@ class Monitor(AbstractContextManager["Monitor"]):
         peak_mb: Mapping[int, float],
         files: Sequence[str],
     ) -> None:
-        self._hang_pictures(PATIENCE_S)
         self._display.stop()
         table = Table(title="Summary", show_header=False, title_justify="left", title_style="bold")
         peaks = (f"{rank}: {human_bytes(mb * 2**20)}" for rank, mb in sorted(peak_mb.items()))
@@ -172,6 +171,7 @@ class Monitor(AbstractContextManager["Monitor"]):
         for name in ("", self._metrics_name, *files):
             if (path := self._run_dir / name).exists():
                 self.message(f"  {path}")
+        self._hang_pictures(PATIENCE_S)
 
     def close(self) -> None:
         """Writes what is pending, complete or not (a rank may have died), and closes the files."""
