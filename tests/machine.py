@@ -78,6 +78,7 @@ class Machine:
     def start(self, *words, is_new=False, **variables):
         self._count += 1
         log = self.folder / f"{self._count}.log"
+        log.touch()
         words, ranks = list(map(str, words)), log.with_suffix(".ranks")
         environment = self._environment | {k: str(v) for k, v in variables.items()}
         if words[0] == sys.executable and not is_new:
@@ -113,6 +114,10 @@ class Machine:
         if ranks > 1:
             return self.torchrun(ranks, *words, **more)
         return self.start(sys.executable, "-m", *words, **more)
+
+    def script(self, code, *words, **more):
+        """One process that runs this code."""
+        return self.start(sys.executable, "-c", code, *words, **more)
 
     def start_ranks(self, world_size, *words, **variables):
         """Ranks without a launcher that would end them, as on several nodes: rank 0 holds the
@@ -177,6 +182,10 @@ def wait_until(job, condition, timeout_s=200):
         assert job.poll() is None, job.printed()
         assert time.monotonic() < deadline, job.printed()
         time.sleep(0.01)
+
+
+def wait_for_text(job, text, timeout_s=60):
+    wait_until(job, lambda: text in job.printed(), timeout_s)
 
 
 def wait_for_checkpoint(job, run_dir):

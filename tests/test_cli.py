@@ -4,8 +4,6 @@ import ast
 import dataclasses
 import inspect
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -370,14 +368,13 @@ def test_help_of_train_lists_every_key_with_its_text_and_default(capsys, monkeyp
         ("dbdist.evaluate", ["--run_dir", "does/not/exist"], ["does/not/exist"]),
     ],
 )
-def test_a_mistake_ends_with_one_line_and_exit_code_2(module, words, parts):
-    command = [sys.executable, "-m", module, *words]
+def test_a_mistake_ends_with_one_line_and_exit_code_2(machine, module, words, parts):
     if module == "dbdist.cli":
-        command[1:3] = ["-c", "from dbdist.cli import main; main()"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
+        job = machine.script("from dbdist.cli import main; main()", *words)
+    else:
+        job = machine.python(module, *words)
+    assert job.wait(120) == 2
+    (line,) = job.printed().splitlines()
     assert line.startswith("dbdist")
     assert "error: " in line
     assert all(part in line for part in parts)

@@ -3,14 +3,13 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from machine import wait_for_text
 from ranks import config_of
 
 from dbdist.bench.save import measure
@@ -394,12 +393,7 @@ def save(step, size):
 """
 
 
-def start(run_dir, script):
-    command = [sys.executable, "-c", SCRIPT + script, str(run_dir)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def test_a_process_killed_in_the_middle_of_a_file_loses_that_checkpoint_alone(tmp_path):
+def test_a_process_killed_in_the_middle_of_a_file_loses_that_checkpoint_alone(machine, tmp_path):
     script = """
 save(1, 100)
 save(2, 100)
@@ -415,10 +409,10 @@ Snapshot._chunks = half
 save(3, 4 * 10**6)
 time.sleep(1000)
 """
-    process = start(tmp_path, script)
-    assert process.stdout.readline() == b"in the middle\n", process.stderr.read().decode()
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    job = machine.script(SCRIPT + script, tmp_path)
+    wait_for_text(job, "in the middle")
+    job.send_signal(signal.SIGKILL)
+    job.wait(10)
     partial = tmp_path / f"checkpoints/step-00000003/{FILE}.partial"
     assert 2**20 < partial.stat().st_size < 16 * 10**6
     assert steps_of(tmp_path) == [1, 2, 3]
@@ -440,7 +434,7 @@ time.sleep(1000)
         ("from dbdist.commands.command_line import guarded\nguarded('x', interrupted)", 130),
     ],
 )
-def test_a_process_that_fails_does_not_wait_for_a_disk_that_hangs(tmp_path, ending, code):
+def test_a_process_that_fails_does_not_wait_for_a_disk_that_hangs(machine, tmp_path, ending, code):
     script = f"""
 def interrupted():
     raise KeyboardInterrupt
@@ -451,10 +445,9 @@ writer.close(timeout_s=0.2)
 assert time.monotonic() - start < 5
 {ending}
 """
-    process = start(tmp_path, script)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == code, err.decode()
-    assert b"rank 0 did not write its part of step 1" in err
+    job = machine.script(SCRIPT + script, tmp_path)
+    assert job.wait(60) == code, job.printed()
+    assert "rank 0 did not write its part of step 1" in job.printed()
     assert find_checkpoint(tmp_path) is None
 
 

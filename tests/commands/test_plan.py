@@ -1,8 +1,6 @@
 """`dbdist plan`: what it shows, what it warns of, what it refuses, and that it starts nothing."""
 
 import shlex
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from itertools import product
@@ -399,9 +397,8 @@ def test_what_cannot_be_placed_is_refused_in_one_sentence(words, error, parts):
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
-def test_a_refusal_ends_with_one_line_and_exit_code_2():
-    command = [sys.executable, "-m", "dbdist.commands.plan", DIGITS, "--gpus-per-node=2"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert (result.returncode, result.stdout) == (2, "")
-    (line,) = result.stderr.splitlines()
+def test_a_refusal_ends_with_one_line_and_exit_code_2(machine):
+    job = machine.python("dbdist.commands.plan", DIGITS, "--gpus-per-node=2")
+    assert job.wait(120) == 2
+    (line,) = job.printed().splitlines()
     assert line.startswith("dbdist plan: error: 3 blocks x 1 replica need 3 GPUs, 1 node x 2 GPUs")

@@ -3,14 +3,12 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from machine import wait_for_text
 
 from dbdist.parallel.health import stopping as module
 from dbdist.parallel.health.stopping import Stopping
@@ -174,9 +172,8 @@ def test_one_process_ends_after_the_step_it_has_begun():
     assert (stop.reason, stop.is_fault, stop.last_step) == ("a signal", False, 7)
 
 
-LISTENING = f"""
+LISTENING = """
 import os, sys, time
-sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from dbdist.commands.command_line import say
 from dbdist.parallel.health.signals import Signals
 from dbdist.parallel.health.stopping import Stopping
@@ -196,41 +193,33 @@ if worker and "close" in sys.argv:
     signals.close()
     os.kill(worker, 9)
 elif worker:
-    print("ready", worker, flush=True)
+    print("ready", flush=True)
 time.sleep(0 if "close" in sys.argv and worker else 60)
 """
 
 
-def listening(*options):
-    words = [sys.executable, "-c", LISTENING, *options]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.parametrize("options", [(), ("no terminal",)])
-def test_the_first_signal_asks_and_the_second_ends(options):
-    """Though the store does not answer, and nobody reads what is told."""
-    with listening(*options) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        ready, worker = process.stdout.readline().split()
-        assert ready == "ready"
-        process.send_signal(signal.SIGUSR1)
-        time.sleep(0.2)
-        process.send_signal(signal.SIGTERM)  # from whoever signals all processes at once
-        assert process.stdout.readline() == "SIGUSR1 on rank 0\n"
-        time.sleep(1.2)
-        assert process.poll() is None, "it was one request"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(5) == 128 + signal.SIGTERM
-        os.kill(int(worker), signal.SIGKILL)
-        told = process.stderr.read().splitlines()
-        if not options:
-            assert told == [
-                "test: SIGUSR1: finishes the step and saves; again ends at once",
-                "test: SIGTERM again: ends at once",
-            ]
+def test_the_first_signal_asks_and_the_second_ends(machine, options):
+    """Though the store does not answer, and nobody reads what is printed."""
+    job = machine.script(LISTENING, *options)
+    wait_for_text(job, "ready")
+    job.send_signal(signal.SIGUSR1)
+    time.sleep(0.2)
+    job.send_signal(signal.SIGTERM)  # from whoever signals all processes at once
+    wait_for_text(job, "SIGUSR1 on rank 0\n")
+    time.sleep(1.2)
+    assert job.poll() is None, "it was one request"
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(20) == 128 + signal.SIGTERM
+    (worker,) = job.processes()
+    os.kill(worker, signal.SIGKILL)
+    lines = [line for line in job.printed().splitlines() if line.startswith("test: ")]
+    if not options:
+        assert lines == [
+            "test: SIGUSR1: finishes the step and saves; again ends at once",
+            "test: SIGTERM again: ends at once",
+        ]
 
 
-def test_a_worker_that_lives_on_holds_nobody():
-    with listening("close") as process:
-        assert process.wait(20) == 0
+def test_a_worker_that_lives_on_holds_nobody(machine):
+    assert machine.script(LISTENING, "close").wait(60) == 0
