@@ -1,88 +1,87 @@
-"""From a configuration to modules: what a rank materialises, and nothing else.
+"""From a configuration to task, model, process and modules: what a rank materialises, no more.
 
-Weights are made empty when a checkpoint will fill them (seed None). Does not communicate.
+Weights are left empty where a checkpoint will fill them (seed None). Does not communicate.
 """
 
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from dbdist import build
+from dbdist.config import registry
 from dbdist.config.config import Config
-from dbdist.data import DatasetSpec
-from dbdist.models import vit
+from dbdist.models.base import Block, Model, build_block, build_shared, materialise
 from dbdist.models.denoiser import Denoiser
-from dbdist.tasks.classification import DenoisingLoss, EndToEndLoss
+from dbdist.processes.base import Process
+from dbdist.processes.direct import Direct
+from dbdist.tasks.base import DenoisingLoss, Task
 
 
-def architecture(config: Config, spec: DatasetSpec) -> vit.ViTConfig:
-    """Sizes of the model for this dataset. Raises ConfigError when patches do not tile the
-    images."""
-    m = config.model
-    return vit.ViTConfig(
-        image_size=spec.image_size,
-        channels=spec.channels,
-        num_classes=spec.num_classes,
-        patch_size=m.patch_size,
-        hidden_size=m.hidden_size,
-        num_heads=m.num_heads,
-        mlp_size=config.mlp_size,
-        dropout=m.dropout,
-        attention_dropout=m.attention_dropout,
-        init=m.init,
-    )
+@dataclass(frozen=True)
+class Setup:
+    """What a configuration means for a data set: the task, the model and the process."""
+
+    config: Config
+    spec: Any
+    """Of the data set: what a model must know of it; has `identity()`."""
+    task: Task
+    model: Model
+    process: Process
+
+    def shared(self, seed: int | None, device: torch.device) -> nn.Module:
+        """The shared modules."""
+        module = build_shared(self.model)
+        return materialise(module, device, self._weights(module, seed))
+
+    def block(self, index: int, seed: int | None, device: torch.device) -> Block:
+        """One block; on the meta device it stays empty."""
+        layers = self.config.layers_of_block[index]
+        recompute = self.config.train.activation_checkpointing
+        module = build_block(self.model, layers, recompute=recompute)
+        if device.type == "meta":
+            return module
+        return materialise(module, device, self._weights(module, seed))
+
+    def denoiser(self, shared: nn.Module, block: nn.Module) -> Denoiser:
+        """Shared modules and a block as the model that runs."""
+        return Denoiser(shared, block, self.process)
+
+    def objective(self, denoiser: Denoiser) -> DenoisingLoss:
+        """The training objective around it."""
+        return DenoisingLoss(denoiser, self.task)
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint must agree with: task, model, cut, process and the data's form."""
+        partition = self.process.partition
+        noise = self.process.describe()
+        return {
+            "mode": "end_to_end" if self.config.is_plain else "blocks",
+            "task": self.config.task.name,
+            "architecture": self.model.describe(),
+            "layers_per_block": [len(layers) for layers in self.config.layers_of_block],
+            "boundaries": partition.boundaries.tolist() if partition else None,
+            "noise": noise if partition else None,
+            "data": self.spec.name,
+        }
+
+    def _weights(self, module: nn.Module, seed: int | None) -> Any:
+        return None if seed is None else self.model.weights(module, seed)
 
 
-def build_shared(
-    config: Config, sizes: vit.ViTConfig, seed: int | None, device: torch.device
-) -> vit.ViTShared | vit.PlainViTShared:
-    """The shared modules of this mode."""
-    build = vit.build_plain_shared if config.mode == "end_to_end" else vit.build_shared
-    return build(sizes, seed, device)
+def build_setup(config: Config, spec: Any) -> Setup:
+    """Raises ConfigError where task, model, process and data do not fit together."""
+    task_class = registry.find("task", config.task.name).load()
+    model_class = registry.find("model", config.model.name).load()
+    process = build_process(config)
+    model = task_class.build_model(config, spec, model_class)
+    task = task_class.of(config, spec, model, process)
+    return Setup(config, spec, task, model, process)
 
 
-def build_block(
-    config: Config, sizes: vit.ViTConfig, block: int, seed: int | None, device: torch.device
-) -> vit.Block:
-    """One block; in end_to_end the only one, of all layers."""
-    return vit.build_block(
-        sizes,
-        config.layers_of_block[block],
-        seed,
-        device,
-        conditioned=config.mode != "end_to_end",
-        recompute=config.train.activation_checkpointing,
-    )
-
-
-def join(config: Config, shared: nn.Module, block: nn.Module) -> Denoiser | vit.PlainViT:
-    """Shared modules and a block as the model that runs: a denoiser, or the plain ViT."""
-    if isinstance(shared, vit.ViTShared):
-        return Denoiser(shared, block, config.noise_schedule())
-    assert isinstance(shared, vit.PlainViTShared)
-    return vit.PlainViT(shared, block)
-
-
-def build_objective(config: Config, model: Denoiser | vit.PlainViT) -> DenoisingLoss | EndToEndLoss:
-    """The training objective around it."""
-    if isinstance(model, Denoiser):
-        return DenoisingLoss(model, config.task.weighting)
-    return EndToEndLoss(model)
-
-
-def describe_model(config: Config, spec: DatasetSpec) -> dict[str, Any]:
-    """What a checkpoint must agree with: sizes, cut and partition of the model."""
-    schedule = None if config.mode == "end_to_end" else config.noise_schedule()
-    sizes = asdict(build.architecture(config, spec))
-    for key in ("dropout", "attention_dropout", "init"):
-        del sizes[key]
-    return {
-        "mode": "end_to_end" if schedule is None else "blocks",
-        "architecture": sizes,
-        "layers_per_block": [len(layers) for layers in config.layers_of_block],
-        "boundaries": schedule.boundaries.tolist() if schedule else None,
-        "noise": asdict(schedule) if schedule else None,
-        "data": spec.name,
-    }
+def build_process(config: Config) -> Process:
+    """The process of this mode. Raises ConfigError."""
+    if config.is_plain:
+        return Direct()
+    code = registry.find("noise", config.noise.name).load()
+    return code.of(config.noise, config.num_blocks)

@@ -144,6 +144,14 @@ def without(config: Config, *sections: str) -> dict[str, Any]:
     return {k: v for k, v in asdict(config).items() if k not in sections}
 
 
+def setup_of(config: Config) -> Any:
+    """Task, model and process of a configuration for its own data set."""
+    from dbdist.build import build_setup
+    from dbdist.data.sources import dataset_spec
+
+    return build_setup(config, dataset_spec(config.data))
+
+
 if __name__ == "__main__":
     import ranks
 

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 
 from dbdist.bench.step import build_trainer, prepared, synchronize
-from dbdist.build import describe_model
 from dbdist.checkpoint.manifest import complete_folders
 from dbdist.checkpoint.names import MANIFEST
 from dbdist.commands.command_line import OneLineParser, guarded
 from dbdist.config.config import Config
 from dbdist.config.parse import parse_config
-from dbdist.data import ImageDataset
+from dbdist.data.base import Dataset
 from dbdist.training.state_files import files_of
 from dbdist.training.trainer import Trainer
 
@@ -53,12 +52,12 @@ def run(argv: list[str]) -> None:
 
 
 def measure(
-    config: Config, train_set: ImageDataset, block: int, warmup: int, steps: int, saves: int
+    config: Config, train_set: Dataset, block: int, warmup: int, steps: int, saves: int
 ) -> dict[str, Any]:
     """Medians in milliseconds. Half of the saves are waited for, half have steps beside them."""
     trainer = build_trainer(config, train_set, block)
     writer, state = trainer.writer, trainer.state
-    about = {"model": describe_model(config, trainer.train_set.spec)}
+    about = {"model": trainer.setup.describe()}
     step_ms = [_step_ms(trainer, step) for step in range(warmup + steps)][warmup:]
     stall_ms: list[float] = []
     write_ms: list[float] = []

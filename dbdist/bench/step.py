@@ -20,11 +20,14 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from dbdist.build import build_setup
 from dbdist.commands.command_line import OneLineParser, guarded
 from dbdist.config.config import Config
 from dbdist.config.parse import parse_config
-from dbdist.data import ImageDataset, dataset_spec, load_dataset
+from dbdist.data.base import Dataset
 from dbdist.data.images import random_images
+from dbdist.data.options import ImageOptions
+from dbdist.data.sources import dataset_spec, load_dataset
 from dbdist.errors import DataError
 from dbdist.monitor.ownership import peak_memory_mb
 from dbdist.parallel.layout import Layout
@@ -58,7 +61,7 @@ def run(argv: list[str]) -> None:
 
 
 def measure(
-    config: Config, train_set: ImageDataset, block: int, warmup: int, steps: int
+    config: Config, train_set: Dataset, block: int, warmup: int, steps: int
 ) -> dict[str, Any]:
     """Means over steps of each phase's milliseconds and share of the step."""
     trainer = build_trainer(config, train_set, block)
@@ -98,21 +101,21 @@ def measure(
 
 
 @contextmanager
-def prepared(config: Config) -> Iterator[tuple[Config, ImageDataset, str]]:
+def prepared(config: Config) -> Iterator[tuple[Config, Dataset, str]]:
     """(the configuration with a run_dir that goes away, images to train on, whose they are)."""
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(config, run_dir=f"{folder}/run")
         try:
             train_set, images = load_dataset(config.data, "train"), "the dataset's"
         except DataError:
-            if config.data.name == "image_folder":
+            if not isinstance(config.data, ImageOptions) or config.data.name == "image_folder":
                 raise
             spec = dataset_spec(config.data)
             train_set, images = random_images(spec, 2048, config.data.augment), "random"
         yield config, train_set, images
 
 
-def build_trainer(config: Config, train_set: ImageDataset, block: int) -> Trainer:
+def build_trainer(config: Config, train_set: Dataset, block: int) -> Trainer:
     """The trainer of one block, in a world of its own."""
     if config.mode == "block_parallel":
         config = dataclasses.replace(
@@ -120,8 +123,9 @@ def build_trainer(config: Config, train_set: ImageDataset, block: int) -> Traine
         )
     device = choose_device(config.device, local_rank=0)
     blocks = [0] if config.mode == "end_to_end" else [block]
+    setup = build_setup(config, train_set.spec)
     trainer = Trainer(
-        config, Topology(Layout(1), device=device), train_set, train_set, blocks=blocks
+        setup, Topology(Layout(1), device=device), train_set, train_set, blocks=blocks
     )
     trainer.state.set_training(True)
     return trainer

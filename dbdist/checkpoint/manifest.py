@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from dbdist.checkpoint.names import FILE, MANIFEST, blocks_in, step_folders, step_of
+from dbdist.checkpoint.older import upgraded_model
 from dbdist.checkpoint.parts import assemble, differences, has_all
 from dbdist.checkpoint.weights import load_weights
 from dbdist.errors import CheckpointError
@@ -187,7 +188,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         sound = isinstance(entry, dict) and type(entry.get("bytes")) is int
         if not sound or not isinstance(entry.get("sha256"), str):
             raise CheckpointError(f"{file} is damaged: {name} has no size and SHA-256")
-    return manifest
+    return {**manifest, "model": upgraded_model(manifest["model"])}
 
 
 def _shown(value: object) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dbdist.checkpoint.names import blocks_in, part_file
+from dbdist.checkpoint.older import upgraded_model
 from dbdist.errors import CheckpointError
 from dbdist.whole_files import sync_folder, write_json
 
@@ -57,7 +58,7 @@ def read_part(path: Path, block: int) -> Part:
             f"{file} is damaged, of another step or not {FORMAT} version {VERSION}; remove it to "
             "continue that block from an older step"
         )
-    return part
+    return {**part, "model": upgraded_model(part["model"])}
 
 
 def _is_entry(entry: Any) -> bool:

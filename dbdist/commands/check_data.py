@@ -16,7 +16,10 @@ from rich.table import Table
 
 from dbdist.commands.command_line import OneLineParser, guarded
 from dbdist.config.parse import parse_config
-from dbdist.data import Dataset, ImageDataset, describe_found, load_dataset, prepare
+from dbdist.data.base import Dataset
+from dbdist.data.found import describe_found
+from dbdist.data.images import ImageDataset
+from dbdist.data.sources import load_dataset, prepare
 from dbdist.errors import DataError
 
 CHUNK = 32

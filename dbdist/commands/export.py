@@ -2,16 +2,14 @@
 `dbdist.load(OUT)`."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
-from dbdist import build
-from dbdist.build import describe_model
+from dbdist.build import build_setup
 from dbdist.commands.command_line import OneLineParser, guarded
 from dbdist.config.config import Config
-from dbdist.data import dataset_spec
-from dbdist.inference.exported import describe, save_model
-from dbdist.inference.load_models import export_weights
+from dbdist.inference.exported import Description, save_model
+from dbdist.inference.load_models import export_weights, spec_of_checkpoint
 from dbdist.inference.of_run import checkpoint_of_run
 from dbdist.parallel.layout import Layout
 from dbdist.parallel.topology import Topology
@@ -37,21 +35,23 @@ def run(argv: list[str]) -> None:
 
 
 def export(config: Config, out: Path) -> None:
-    """Writes the run's checkpoint (`eval.step`, or the newest) as an exported model."""
-    spec = dataset_spec(config.data)
-    model = describe_model(config, spec)
-    checkpoint = checkpoint_of_run(config, Topology(Layout(1)), model)
+    """Writes the run's checkpoint (`eval.step`, or the newest) as an exported model.
+
+    The data set's files are not needed: the checkpoint says what a model must know of them.
+    """
+    topology = Topology(Layout(1))
+    checkpoint = checkpoint_of_run(config, topology, {})
+    spec = spec_of_checkpoint(config, checkpoint)
+    setup = build_setup(config, spec)
+    checkpoint.check_fits(setup.describe())
     weights, is_private = export_weights(config, checkpoint)
-    sampler = {
-        **asdict(config.sampler),
-        "num_steps": config.sampler_steps,
-        "seed": config.seed,
-        "readout": list(config.readout_blocks),
-    }
-    schedule = None if config.mode == "end_to_end" else config.noise_schedule()
-    layers = [len(layers) for layers in config.layers_of_block]
-    sizes = build.architecture(config, spec)
-    save_model(out, weights, describe(sizes, spec, layers, schedule, sampler, is_private))
+    layers = tuple(len(layers) for layers in config.layers_of_block)
+    sampler = config.sampler
+    if not config.is_plain:
+        sampler = replace(sampler, num_steps=config.sampler_steps)
+    save_model(
+        out, weights, Description(replace(config, sampler=sampler), spec, layers, is_private)
+    )
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from dbdist.commands.command_line import OneLineParser, guarded
-from dbdist.config.options import DataConfig
-from dbdist.data import dataset_spec
+from dbdist.data.options import ImageOptions
+from dbdist.data.sources import dataset_spec
 from dbdist.errors import ConfigError
 from dbdist.inference.published import import_published
 
@@ -39,7 +39,7 @@ def run(argv: list[str]) -> None:
         known = ("cifar10", "cifar100", "tiny-imagenet")
         if given.data not in known:
             raise ConfigError(f"--data is {given.data}; it must be one of {', '.join(known)}")
-        spec = dataset_spec(DataConfig(name=given.data))
+        spec = dataset_spec(ImageOptions(name=given.data))
     sizes = {"num_heads": given.num_heads, "num_blocks": given.num_blocks}
     import_published(Path(given.checkpoint), Path(given.out), sizes, spec)
     print(f"{given.out}: dbdist.load({given.out!r}).predict(images)")

@@ -18,12 +18,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dbdist import build
+from dbdist.build import Setup, build_setup
 from dbdist.commands.command_line import OneLineParser, guarded
 from dbdist.config.config import Config
 from dbdist.config.parse import parse_config
-from dbdist.data import dataset_spec
+from dbdist.data.sources import dataset_spec
 from dbdist.errors import ConfigError, TopologyError
+from dbdist.models.base import build_shared, count_parameters
 from dbdist.monitor.ownership import human_bytes
 from dbdist.parallel.engines.zero_settings import settings
 from dbdist.parallel.layout import Layout, layout_of
@@ -160,20 +161,24 @@ class Plan:
     layout: Layout
 
     @cached_property
+    def setup(self) -> Setup:
+        """Task, model and process; no weights are made."""
+        return build_setup(self.config, dataset_spec(self.config.data))
+
+    @cached_property
     def block_parameters(self) -> list[int]:
         """Of each block, without the shared modules."""
         config, meta = self.config, torch.device("meta")
-        sizes = build.architecture(config, dataset_spec(config.data))
+        setup = self.setup
         counts: dict[int, int] = {}  # by number of layers: they are all alike
         for block, layers in enumerate(config.layers_of_block):
             if len(layers) not in counts:
-                counts[len(layers)] = _size(build.build_block(config, sizes, block, None, meta))
+                counts[len(layers)] = count_parameters(setup.block(block, None, meta))
         return [counts[len(layers)] for layers in config.layers_of_block]
 
     @cached_property
     def shared_parameters(self) -> int:
-        sizes = build.architecture(self.config, dataset_spec(self.config.data))
-        return _size(build.build_shared(self.config, sizes, None, torch.device("meta")))
+        return count_parameters(build_shared(self.setup.model))
 
     @cached_property
     def zero(self) -> dict[str, Any]:
@@ -271,7 +276,7 @@ def _table(plan: Plan) -> Table:
     if layout.offset:
         state, shared = human_bytes(plan.state_bytes(0)), f"{plan.shared_parameters:,} shared"
         table.add_row("coordinator", "0", _gpus(layout, [0]), "-", "-", shared, state)
-    schedule = None if config.mode == "end_to_end" else config.noise_schedule()
+    schedule = plan.setup.process.partition
     for block, layers in enumerate(config.layers_of_block):
         ranks = layout.replicas(block)
         state = human_bytes(plan.state_bytes(ranks[-1]))
@@ -402,10 +407,6 @@ def _spans(numbers: list[int]) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s'[: number != 1]}"
-
-
-def _size(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 if __name__ == "__main__":

@@ -1,29 +1,31 @@
 """The configuration of a run: the sections of `options`, what follows from them, and the checks
 that need no data and no processes."""
 
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, Literal
 
+from dbdist.config import registry
 from dbdist.config.options import (
     CheckpointConfig,
-    DataConfig,
+    DataOptions,
     EvalConfig,
-    ModelConfig,
-    NoiseConfig,
+    ModelOptions,
+    Options,
     ParallelConfig,
-    SamplerConfig,
-    TaskConfig,
+    ProcessOptions,
+    SamplerOptions,
+    TaskOptions,
     TrainConfig,
 )
 from dbdist.errors import ConfigError
-from dbdist.processes.gaussian import NoiseSchedule
 
 Mode = Literal["block_parallel", "sequential", "end_to_end"]
 Shared = Literal["coordinated", "sharded", "averaged", "private"]
+_LARGEST = (1 << 63) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +43,11 @@ class Config:
     mean nothing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda when there is a GPU."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    noise: NoiseConfig = field(default_factory=NoiseConfig)
-    task: TaskConfig = field(default_factory=TaskConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    model: ModelOptions = field(default_factory=partial(registry.default_section, "model"))
+    data: DataOptions = field(default_factory=partial(registry.default_section, "data"))
+    noise: ProcessOptions = field(default_factory=partial(registry.default_section, "noise"))
+    task: TaskOptions = field(default_factory=partial(registry.default_section, "task"))
+    sampler: SamplerOptions = field(default_factory=partial(registry.default_section, "sampler"))
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -102,37 +104,16 @@ class Config:
         return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
     @property
-    def mlp_size(self) -> int:
-        if self.model.mlp_size is None:
-            return 4 * self.model.hidden_size
-        return self.model.mlp_size
+    def is_plain(self) -> bool:
+        """Whether the network is trained without levels: an end-to-end control."""
+        return self.mode == "end_to_end" and self.task.has_plain_control
 
     @property
     def sampler_steps(self) -> int:
+        """Denoiser evaluations of the whole chain."""
+        if self.is_plain:
+            return 1
         return self.sampler.num_steps or 2 * self.num_blocks
-
-    @property
-    def readout_blocks(self) -> tuple[int, ...]:
-        """Blocks whose probabilities make the answer."""
-        if self.sampler.readout == "last":
-            return (self.num_blocks - 1,)
-        if self.sampler.readout == "all":
-            return tuple(range(self.num_blocks))
-        return tuple(sorted(set(self.sampler.readout)))
-
-    def noise_schedule(self) -> NoiseSchedule:
-        """The partition that this configuration trains and samples with."""
-        n = self.noise
-        return NoiseSchedule(
-            self.num_blocks,
-            n.p_mean,
-            n.p_std,
-            n.sigma_min,
-            n.sigma_max,
-            n.sigma_data,
-            n.overlap,
-            n.partition,
-        )
 
     def max_steps(self, num_train: int) -> int:
         """Optimizer steps of each block, for a training set of this many samples."""
@@ -142,132 +123,37 @@ class Config:
         return max(1, round(self.train.epochs * num_train / self.train.batch_size))
 
     def validate(self) -> "Config":
-        """Raises ConfigError for the first value or combination that cannot be honoured; returns
-        self."""
-        _validate_values(self)
-        self._validate_model()
-        self._validate_train()
-        self._validate_parallel()
-        self.noise_schedule()
+        """Returns self, or raises ConfigError for the first value that cannot be honoured."""
+        _check_values(self)
+        for name, section in self.sections():
+            if name in registry.SECTIONS:
+                registry.find(name, getattr(section, "name"))  # noqa: B009
+            section.check()
         if self.mode != "end_to_end":
-            self._validate_sampler()
-        _at_least(
-            0,
-            checkpoint__every_steps=self.checkpoint.every_steps,
-            eval__every_steps=self.eval.every_steps,
-        )
-        _at_least(
-            1,
-            checkpoint__keep_last=self.checkpoint.keep_last,
-            eval__batch_size=self.eval.batch_size,
-            eval__micro_batch_size=self.eval.micro_batch_size,
-        )
-        _at_least(
-            0,
-            data__num_workers=self.data.num_workers,
-            data__augment__crop_padding=self.data.augment.crop_padding,
-            data__augment__randaugment_ops=self.data.augment.randaugment_ops,
-        )
-        _between(
-            0, 30, data__augment__randaugment_magnitude=self.data.augment.randaugment_magnitude
-        )
-        if self.data.image_size is not None:
-            _at_least(1, data__image_size=self.data.image_size)
+            self.model.check_cut()
+        if not self.is_plain:
+            self.model.check_conditioned()
+            self.sampler.check_blocks(self.num_blocks)
+        parts = self.parallel.replicas * self.train.accumulation_steps
+        if self.train.batch_size % parts:
+            raise ConfigError(
+                f"train.batch_size {self.train.batch_size} is not a multiple of "
+                f"parallel.replicas x train.accumulation_steps = {parts}"
+            )
+        self._validate_parallel()
+        if not self.is_plain:  # at last, as this imports torch
+            process = registry.find("noise", self.noise.name).load()
+            process.of(self.noise, self.num_blocks).steps(self.sampler, self.sampler_steps)
         return self
 
-    def _validate_model(self) -> None:
-        m = self.model
-        _at_least(
-            1,
-            model__num_blocks=m.num_blocks,
-            model__num_layers=m.num_layers,
-            model__hidden_size=m.hidden_size,
-            model__num_heads=m.num_heads,
-            model__patch_size=m.patch_size,
-            model__mlp_size=self.mlp_size,
-        )
-        _between(0, 1, model__dropout=m.dropout, model__attention_dropout=m.attention_dropout)
-        if m.hidden_size % m.num_heads:
-            raise ConfigError(
-                f"model.num_heads {m.num_heads} does not divide model.hidden_size {m.hidden_size}"
-            )
-        if self.mode != "end_to_end" and m.hidden_size < 6:
-            raise ConfigError(
-                f"model.hidden_size is {m.hidden_size}; the noise-level embedding is a sixth of "
-                "it, so it must be at least 6"
-            )
-        if self.mode == "end_to_end":
-            return
-        if m.layers_per_block is None:
-            if m.num_layers % m.num_blocks:
-                raise ConfigError(
-                    f"model.num_blocks {m.num_blocks} does not divide model.num_layers "
-                    f"{m.num_layers}; choose a divisor or give model.layers_per_block"
-                )
-        elif len(m.layers_per_block) != m.num_blocks or sum(m.layers_per_block) != m.num_layers:
-            raise ConfigError(
-                f"model.layers_per_block {list(m.layers_per_block)} must have {m.num_blocks} "
-                f"entries (model.num_blocks) that add up to {m.num_layers} (model.num_layers)"
-            )
-        elif min(m.layers_per_block) < 1:
-            raise ConfigError("model.layers_per_block: every block needs at least 1 layer")
-
-    def _validate_train(self) -> None:
-        t = self.train
-        if t.max_steps is None and t.epochs is None:
-            raise ConfigError("train.max_steps and train.epochs are both null; give one of them")
-        _at_least(
-            1,
-            train__max_steps=t.max_steps if t.max_steps is not None else 1,
-            train__batch_size=t.batch_size,
-            train__accumulation_steps=t.accumulation_steps,
-            train__log_every=t.log_every,
-        )
-        _at_least(
-            0,
-            train__warmup_steps=t.warmup_steps,
-            train__weight_decay=t.weight_decay,
-            train__max_skipped=t.max_skipped,
-        )
-        if t.schedule == "constant" and t.min_lr_ratio != 0:
-            raise ConfigError("train.min_lr_ratio needs train.schedule: cosine")
-        if t.schedule_steps is not None:
-            _at_least(1, train__schedule_steps=t.schedule_steps)
-            if t.schedule != "cosine":
-                raise ConfigError("train.schedule_steps needs train.schedule: cosine")
-        for key, value in (
-            ("lr", t.lr),
-            ("eps", t.eps),
-            ("epochs", t.epochs),
-            ("clip_norm", t.clip_norm),
-        ):
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"train.{key} is {value}; it must be greater than 0")
-        _between(
-            0,
-            1,
-            train__min_lr_ratio=t.min_lr_ratio,
-            task__condition_dropout=self.task.condition_dropout,
-        )
-        if not all(0 <= beta < 1 for beta in t.betas):
-            raise ConfigError(
-                f"train.betas is {list(t.betas)}; both must be at least 0 and below 1"
-            )
-        if not 0 <= t.ema_decay < 1:
-            raise ConfigError(
-                f"train.ema_decay is {t.ema_decay}; it must be at least 0 and below 1"
-            )
-        parts = self.parallel.replicas * t.accumulation_steps
-        if self.parallel.replicas >= 1 and t.batch_size % parts:
-            raise ConfigError(
-                f"train.batch_size {t.batch_size} is not a multiple of parallel.replicas x "
-                f"train.accumulation_steps = {parts}"
-            )
+    def sections(self) -> Iterator[tuple[str, Options]]:
+        """(name, section) of every section."""
+        for option in fields(self):
+            if isinstance(section := getattr(self, option.name), Options):
+                yield option.name, section
 
     def _validate_parallel(self) -> None:
         p = self.parallel
-        _at_least(1, parallel__replicas=p.replicas, parallel__sync_every=p.sync_every)
-        _at_least(0, parallel__check_every=p.check_every)
         self._validate_blocks()
         has_copies = {
             "block_parallel": p.replicas > 1 or (p.sync == "step" and self.num_blocks > 1),
@@ -278,14 +164,6 @@ class Config:
             raise ConfigError(
                 "parallel.check_every compares weights that several ranks hold alike, which needs "
                 "parallel.sync: step or parallel.replicas of 2 or more; leave it out"
-            )
-        if not 0 < p.timeout_s < 1e7:
-            raise ConfigError(f"parallel.timeout_s is {p.timeout_s}; it must lie between 0 and 1e7")
-        if not p.outer_lr > 0:
-            raise ConfigError(f"parallel.outer_lr is {p.outer_lr}; it must be greater than 0")
-        if not 0 <= p.outer_momentum < 1:
-            raise ConfigError(
-                f"parallel.outer_momentum is {p.outer_momentum}; it must be at least 0 and below 1"
             )
         if p.sync != "every" and (p.outer_lr != 1 or p.outer_momentum != 0):
             raise ConfigError(
@@ -335,87 +213,36 @@ class Config:
                 f"parallel.blocks is {p.blocks}; it must name different blocks of 0..{allowed[-1]}"
             )
 
-    def _validate_sampler(self) -> None:
-        s = self.sampler
-        if s.num_steps is not None and s.num_steps < self.num_blocks:
-            raise ConfigError(
-                f"sampler.num_steps is {s.num_steps}; every one of the {self.num_blocks} blocks "
-                "needs a step"
-            )
-        self.noise_schedule().block_of_step(self.sampler_steps, s.sigma_start)
-        _at_least(1, sampler__num_draws=s.num_draws)
-        if s.num_draws > 1 and s.start == "mean":
-            raise ConfigError(
-                f"sampler.num_draws is {s.num_draws}, but sampler.start: mean draws nothing; use "
-                "start: noise"
-            )
-        if not 0 <= s.guidance_scale < math.inf:
-            raise ConfigError(
-                f"sampler.guidance_scale is {s.guidance_scale}; it must be at least 0"
-            )
-        if not self.readout_blocks or not all(
-            0 <= b < self.num_blocks for b in self.readout_blocks
-        ):
-            raise ConfigError(
-                f"sampler.readout is {s.readout}; allowed are last, all or a list of blocks "
-                f"0..{self.num_blocks - 1}"
-            )
+
+def _check_values(config: Config) -> None:
+    """Raises ConfigError for a number outside its range, or a path that is none."""
+    for key, owner, value in _values(config):
+        allowed = owner.RANGES.get(key.rpartition(".")[2]) if isinstance(owner, Options) else None
+        if isinstance(value, bool):
+            continue
+        if isinstance(value, int | float) and allowed is not None:
+            allowed.check(key, value)
+        elif isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
+            raise ConfigError(f"{key} is far too large; it may be {_LARGEST} at most")
+        elif isinstance(value, str):
+            _check_name(key, value)
 
 
-LARGEST: dict[str, int] = {
-    "model.num_layers": 10_000,
-    "model.num_blocks": 10_000,
-    "model.hidden_size": 2**20,
-    "model.mlp_size": 2**22,
-    "model.patch_size": 2**14,
-    "data.image_size": 2**14,
-    "data.num_workers": 1024,
-    "data.augment.crop_padding": 2**14,
-    "data.augment.randaugment_ops": 1000,
-    "sampler.num_steps": 100_000,
-    "train.max_steps": 10**8,
-    "train.epochs": 10**6,
-}
-"""Beyond these, memory ends before anything can be told. Other whole numbers have 64 bits."""
+def _check_name(key: str, value: str) -> None:
+    try:
+        longest = max(map(len, os.fsencode(value).split(b"/")))
+    except UnicodeError:
+        longest = 0
+    if "\0" in value or not 0 < longest < 256 or len(value) > 2000:
+        raise ConfigError(f"{key} is {value[:80]!r}, which cannot be a path or name")
 
 
-def _validate_values(config: Config) -> None:
-    """Raises ConfigError for a number that is too large for any run, or a path that is none."""
-    for key, value in _values(config):
-        largest: int = LARGEST.get(key, (1 << 63) - 1)
-        if isinstance(value, int) and not -largest <= value <= largest:
-            shown = value if abs(value) < 2**64 else "far too large"
-            raise ConfigError(f"{key} is {shown}; it may be {largest} at most")
-        if isinstance(value, float) and key in LARGEST and not value <= largest:
-            raise ConfigError(f"{key} is {value}; it may be {largest} at most")
-        if isinstance(value, str):
-            try:
-                longest = max(map(len, os.fsencode(value).split(b"/")))
-            except UnicodeError:
-                longest = 0
-            if "\0" in value or not 0 < longest < 256 or len(value) > 2000:
-                raise ConfigError(f"{key} is {value[:80]!r}, which can be no path or name")
-
-
-def _values(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every option; of a list, each value."""
+def _values(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, its section, value) of every option; of a list, each value."""
     for option in fields(section):
         value, key = getattr(section, option.name), f"{prefix}{option.name}"
         if is_dataclass(value):
             yield from _values(value, f"{key}.")
         else:
-            yield from ((key, v) for v in (value if isinstance(value, tuple) else (value,)))
-
-
-def _at_least(bound: int, **values: int | float) -> None:
-    for key, value in values.items():
-        if not value >= bound:
-            raise ConfigError(f"{key.replace('__', '.')} is {value}; it must be at least {bound}")
-
-
-def _between(low: int, high: int, **values: int | float) -> None:
-    for key, value in values.items():
-        if not low <= value <= high:
-            raise ConfigError(
-                f"{key.replace('__', '.')} is {value}; it must lie between {low} and {high}"
-            )
+            for item in value if isinstance(value, tuple) else (value,):
+                yield key, section, item

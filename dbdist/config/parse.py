@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar, get_args
 
 import yaml
@@ -19,6 +19,14 @@ from jsonargparse import (
 from dbdist.config.config import Config
 from dbdist.config.nearest import unknown
 from dbdist.config.presets import config_file
+from dbdist.config.sections import (
+    Pair,
+    add_sections,
+    chosen_names,
+    classes_of,
+    keys_of,
+    nested_sections,
+)
 from dbdist.config.yaml_files import dump_yaml, load_yaml, nested, read_yaml
 from dbdist.errors import ConfigError
 
@@ -35,7 +43,7 @@ def parse_config(
     first: words too, e.g. a run's own config file. Raises ConfigError for anything that is not a
     valid configuration; --help prints every key and exits.
     """
-    return _parsed(prog, description, _words([*(first or []), *argv]))
+    return _parsed(prog, description, _pairs([*(first or []), *argv]))
 
 
 def make_config(given: object, overrides: Mapping[str, Any]) -> Config:
@@ -55,11 +63,11 @@ def make_config(given: object, overrides: Mapping[str, Any]) -> Config:
             f"{type(given).__name__}"
         )
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
-    return _parsed("dbdist", "", [f"--config={_layer(v)}" for v in (values, dotted)])
+    return _parsed("dbdist", "", [("--config", values), ("--config", dotted)])
 
 
-def _parsed(prog: str, description: str, words: list[str]) -> Config:
-    has_help = not {"-h", "--help"}.isdisjoint(words)
+def _parsed(prog: str, description: str, pairs: list[Pair]) -> Config:
+    has_help = any(option in ("-h", "--help") for option, _ in pairs)
     set_parsing_settings(docstring_parse_attribute_docstrings=has_help)  # takes half the time
     set_loader(YAML, load_yaml, (yaml.YAMLError,))
     parser = ArgumentParser(
@@ -74,18 +82,20 @@ def _parsed(prog: str, description: str, words: list[str]) -> Config:
         action=ActionConfigFile,
         help="YAML file, or the name of a preset (`dbdist configs`); later options override it.",
     )
-    parser.add_class_arguments(Config)
+    names = chosen_names(pairs)
+    classes = classes_of(names)
+    add_sections(parser, classes, names)
     try:
-        parsed = parser.parse_args(words)
-        for section, _ in _sections(Config):
+        parsed = parser.parse_args(_words(pairs, classes))
+        for section, _ in nested_sections(classes):
             if not isinstance(parsed.get(section), Namespace):
                 raise ConfigError(f"{section} is {parsed.get(section)!r}; it must hold its keys")
-        for key, kind in _keys(Config):
+        for key, kind in keys_of(classes).items():
             if parsed.get(key) is None and type(None) not in get_args(kind):
                 raise ConfigError(f"{key} is null, which is no value for it; leave it out")
         values = parser.instantiate(parsed)
     except ArgumentError as error:
-        raise ConfigError(" ".join(explain(str(error)).split())) from None
+        raise ConfigError(" ".join(explain(str(error), keys_of(classes)).split())) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"the configuration is not a text file ({error})") from None
     except (OverflowError, ValueError) as error:  # numbers beyond floats, and of 4,300 digits
@@ -107,17 +117,17 @@ def expanded(section: Section) -> Section:
     return dataclasses.replace(section, **changed)
 
 
-def explain(error: str) -> str:
+def explain(error: str, keys: Collection[str]) -> str:
     """jsonargparse's message as one sentence, with the nearest known key for an unknown one."""
     error = error.removeprefix('Parser key "config":').strip()
     if found := re.search(r"unrecognized arguments: --([\w.-]+)", error):
-        return unknown("option", found[1], [*dict(_keys(Config)), "config"], "--")
+        return unknown("option", found[1], [*keys, "config"], "--")
     if found := re.search(r"Option '([\w.-]+)' is not accepted", error):
-        return unknown("key", found[1], list(dict(_keys(Config))))
+        return unknown("key", found[1], list(keys))
     if found := re.search(
         r"Group '([\w.-]+)' does not accept (?:option|nested key|key) '([\w.-]+)'", error
     ):
-        return unknown("key", f"{found[1]}.{found[2]}", list(dict(_keys(Config))))
+        return unknown("key", f"{found[1]}.{found[2]}", list(keys))
     if found := re.search(r'Parser key "([\w.-]+)":\s*(.*)', error, re.DOTALL):
         return f"{found[1]}: {_expectation(' '.join(found[2].split()))}"
     return error
@@ -134,52 +144,50 @@ def _expectation(error: str) -> str:
     return re.sub(r"(?:typing\.)?Literal\[(.*?)\]", lambda m: m[1].replace(", ", " or "), error)
 
 
-def _sections(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, dataclass) of every section of the configuration, nested ones included."""
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.type):
-            yield f"{prefix}{field.name}", field.type
-            yield from _sections(field.type, f"{prefix}{field.name}.")
-
-
-def _keys(kind: Any) -> Iterator[tuple[str, Any]]:
-    """(dotted key, type) of every option."""
-    for prefix, section in (("", kind), *((f"{name}.", s) for name, s in _sections(kind))):
-        for field in dataclasses.fields(section):
-            if not dataclasses.is_dataclass(field.type):
-                yield f"{prefix}{field.name}", field.type
-
-
-def _words(argv: list[str]) -> list[str]:
-    """The words as jsonargparse takes them: a configuration file's content in place of its name, a
-    whole number for 5e4, `--checkpoint.resume true` for a bare `--checkpoint.resume`."""
-    sections, kinds = {name for name, _ in _sections(Config)}, dict(_keys(Config))
-    words, rest = [], [*argv]
+def _pairs(argv: list[str]) -> list[Pair]:
+    """(option, value) of every word; a configuration file's content in place of its name."""
+    pairs: list[Pair] = []
+    rest = [*argv]
     while rest:
         option, is_joined, value = rest.pop(0).partition("=")
         has_value = bool(is_joined or (rest and not rest[0].startswith("--")))
         if has_value and not is_joined:
             value = rest.pop(0)
+        if option == "--config" and has_value:
+            pairs.append((option, read_yaml(config_file(value))))
+        else:
+            pairs.append((option, value if has_value else None))
+    return pairs
+
+
+def _words(pairs: list[Pair], classes: Mapping[str, type[Any]]) -> list[str]:
+    """The words as jsonargparse takes them.
+
+    A whole number stands for 5e4, `--checkpoint.resume true` for a bare `--checkpoint.resume`.
+    """
+    sections, kinds = {name for name, _ in nested_sections(classes)}, keys_of(classes)
+    words: list[str] = []
+    for option, value in pairs:
         key = option.removeprefix("--")
-        if key == "config" and option != key and has_value:
-            option, value = "--config", _layer(read_yaml(config_file(value)))
-        elif key in sections and not value.lstrip().startswith("{"):
+        if isinstance(value, Mapping):
+            value = _layer(value, sections)
+        elif key in sections and not (value or "").lstrip().startswith("{"):
             raise ConfigError(f"{key} is a section, not an option; give --{key}.KEY VALUE")
-        elif key == "checkpoint.resume" and not has_value:
-            has_value, value = True, "true"
-        elif int in (kinds.get(key), *get_args(kinds.get(key))):
+        elif key == "checkpoint.resume" and value is None:
+            value = "true"
+        elif value is not None and int in (kinds.get(key), *get_args(kinds.get(key))):
             value = str(int(float(value))) if _WHOLE.fullmatch(value) else value
-        words.append(f"{option}={value}" if has_value else option)
+        words.append(option if value is None else f"{option}={value}")
     return words
 
 
 _WHOLE = re.compile(r"[-+]?\d{1,15}(\.0*)?([eE]\+?\d)?")
 
 
-def _layer(values: Mapping[Any, Any]) -> str:
+def _layer(values: Mapping[Any, Any], sections: Collection[str]) -> str:
     """YAML that sets these values; an empty section means its defaults."""
     filled = nested(values)
-    for name, _ in _sections(Config):
+    for name in sections:
         *above, leaf = name.split(".")
         section: Any = filled
         for part in above:

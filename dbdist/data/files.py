@@ -1,6 +1,6 @@
 """The files of a dataset: fetched once per node, then found or refused by name.
 
-Takes `DataConfig`, gives folders on disk that `datasets.py` reads. Nothing appears under its final
+Takes `ImageOptions`, gives folders on disk that `sets.py` reads. Nothing appears under its final
 name before it is complete: downloads and extractions go to a hidden sibling folder first.
 """
 
@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dbdist.config.options import DataConfig
 from dbdist.data.archives import unpack
+from dbdist.data.options import ImageOptions
 from dbdist.errors import DataError
 
 PROBE_S = 3.0
@@ -67,12 +67,12 @@ ARCHIVES = {
 repeated because importing torchvision takes seconds, and a missing file should be told at once."""
 
 
-def root_of(config: DataConfig) -> Path:
+def root_of(config: ImageOptions) -> Path:
     """`data.root` as an absolute path."""
     return Path(config.root).expanduser().absolute()
 
 
-def prepare(config: DataConfig) -> None:
+def prepare(config: ImageOptions) -> None:
     """Makes sure that the dataset's files are there, downloading them if need be.
 
     For one process per node; every other one waits and calls `load_dataset`, which never downloads.
@@ -91,7 +91,7 @@ def prepare(config: DataConfig) -> None:
     require(config)
 
 
-def require(config: DataConfig) -> Path:
+def require(config: ImageOptions) -> Path:
     """The folder of the dataset's files; DataError if it is missing or incomplete."""
     archive, root = ARCHIVES.get(config.name), root_of(config)
     if archive is not None:

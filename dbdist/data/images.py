@@ -16,9 +16,9 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from dbdist import seeds
-from dbdist.config.options import AugmentConfig
 from dbdist.data.base import Batch, Key
 from dbdist.data.folders import PictureFile
+from dbdist.data.options import AugmentOptions
 from dbdist.data.paths import shown
 from dbdist.data.pictures import read_picture
 from dbdist.errors import DataError
@@ -82,7 +82,7 @@ class ImageDataset:
     """One split of a set of images; `ImagesInMemory` and `ImageFiles` say where pixels are from."""
 
     def __init__(
-        self, spec: DatasetSpec, labels: Sequence[int], augment: AugmentConfig | None = None
+        self, spec: DatasetSpec, labels: Sequence[int], augment: AugmentOptions | None = None
     ) -> None:
         self.spec = spec
         self.labels = torch.tensor(labels, dtype=torch.int64)
@@ -146,7 +146,7 @@ class ImagesInMemory(ImageDataset):
         spec: DatasetSpec,
         images: Shaped[Tensor, "n c h w"],
         labels: Sequence[int],
-        augment: AugmentConfig | None = None,
+        augment: AugmentOptions | None = None,
     ) -> None:
         super().__init__(spec, labels, augment)
         self._images = images
@@ -189,7 +189,7 @@ class ImageFiles(ImageDataset):
         root: Path,
         files: Sequence[PictureFile],
         labels: Sequence[int],
-        augment: AugmentConfig | None = None,
+        augment: AugmentOptions | None = None,
         on_error: Literal["stop", "skip"] = "stop",
         remarks: Sequence[str] = (),
     ) -> None:
@@ -258,7 +258,7 @@ class ImageFiles(ImageDataset):
 
 
 def random_images(
-    spec: DatasetSpec, num_samples: int, augment: AugmentConfig | None = None
+    spec: DatasetSpec, num_samples: int, augment: AugmentOptions | None = None
 ) -> ImagesInMemory:
     """Random pixels and labels in the form of a set, to measure speed without its files."""
     generator = seeds.generator(0, "random images")
@@ -268,7 +268,7 @@ def random_images(
     return ImagesInMemory(spec, images, labels.tolist(), augment)
 
 
-def _augmentation(config: AugmentConfig, size: int) -> Any:
+def _augmentation(config: AugmentOptions, size: int) -> Any:
     """The transform from pixels to changed floats in [0, 1]; None if the config asks for none."""
     if not (config.crop_padding or config.flip or config.randaugment_ops):
         return None

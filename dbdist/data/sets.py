@@ -1,16 +1,18 @@
 """The sets of images that `data.name` selects: what is known of each, and how it is read."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
-from dbdist.config.options import DataConfig
 from dbdist.data.cifar import read_cifar
-from dbdist.data.files import require
+from dbdist.data.files import prepare, require
 from dbdist.data.folders import class_folders, find_pictures
 from dbdist.data.images import DatasetSpec, ImageDataset, ImageFiles, ImagesInMemory
+from dbdist.data.options import ImageOptions
 from dbdist.data.paths import shown
 from dbdist.data.small_sets import TABLES, read_table
 from dbdist.errors import DataError
+
+__all__ = ["Split", "dataset_spec", "load_dataset", "prepare", "spec_from"]
 
 Split = Literal["train", "test"]
 
@@ -51,7 +53,13 @@ _SPECS = {
 }
 
 
-def dataset_spec(config: DataConfig) -> DatasetSpec:
+def spec_from(values: dict[str, Any]) -> DatasetSpec:
+    """A spec from what `asdict` made of it, by way of JSON."""
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return DatasetSpec(**given)
+
+
+def dataset_spec(config: ImageOptions) -> DatasetSpec:
     """The configured set's spec: constants, but image_folder's classes are its folders."""
     spec = _SPECS[config.name]
     spec = replace(spec, image_size=config.image_size or spec.image_size)
@@ -61,7 +69,7 @@ def dataset_spec(config: DataConfig) -> DatasetSpec:
     return replace(spec, num_classes=len(names), class_names=names)
 
 
-def load_dataset(config: DataConfig, split: Split) -> ImageDataset:
+def load_dataset(config: ImageOptions, split: Split) -> ImageDataset:
     """A split of the configured set, whose files must be there (`prepare`)."""
     spec, is_train = dataset_spec(config), split == "train"
     augment = config.augment if is_train else None

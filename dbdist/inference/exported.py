@@ -1,5 +1,4 @@
-"""The trained model in one process: all blocks, no process group.
-`dbdist.load(OUT).predict(images)`.
+"""The trained model in one process: all blocks, no process group. `dbdist.load(OUT)`.
 
 An exported model is a folder with `model.safetensors` (keys `shared.*`, `layers.*`;
 `block-B.shared.*` where every block kept shared modules of its own) and `config.json`.
@@ -8,7 +7,7 @@ An exported model is a folder with `model.safetensors` (keys `shared.*`, `layers
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dbdist.build import Setup, build_setup
 from dbdist.checkpoint.snapshot import Snapshot
 from dbdist.checkpoint.weights import check_weights, fill, load_weights
-from dbdist.data import DatasetSpec, normalize
+from dbdist.config import registry
+from dbdist.config.config import Config
 from dbdist.errors import CheckpointError, UserError
-from dbdist.models import vit
+from dbdist.inference.older import upgraded_export
+from dbdist.models.base import build_block, build_shared, materialise, named_tensors
 from dbdist.models.denoiser import Denoiser
-from dbdist.processes.gaussian import NoiseSchedule
-from dbdist.sampling.sampler import Sampler
-from dbdist.tasks.classification import ClassReadout
+from dbdist.processes.partition import Steps
+from dbdist.sampling.sampler import Rows, Sampler, build_sampler
+from dbdist.tasks.base import Batch, Task
+from dbdist.whole_files import write_json
 
 FORMAT = "dbdist-model"
-VERSION = 1
+VERSION = 2
 MAX_EVALUATIONS = 10_000
 """Of a denoiser, for one answer: steps of the sampler times its draws."""
+_SECTIONS = ("task", "model", "noise", "sampler")
 _WRONG_VALUES = (
     ArithmeticError,
     AssertionError,
@@ -43,138 +47,167 @@ _WRONG_VALUES = (
 """What a description of another shape than ours ends in."""
 
 
-class BlockwiseClassifier(nn.Module):
-    """All blocks of a DiffusionBlocks classifier. Blocks may share one set of shared modules or
-    have their own."""
+class WholeModel(nn.Module):
+    """All blocks of a model. They may share one set of shared modules or have their own."""
 
-    def __init__(
-        self,
-        denoisers: list[Denoiser],
-        sampler: Sampler,
-        normalized: bool,
-        readout: tuple[int, ...],
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, denoisers: list[Denoiser], task: Task, sampler: Sampler) -> None:
         super().__init__()
         self.denoisers = nn.ModuleList(denoisers)
+        self.task = task
         self.sampler = sampler
-        self.normalized = normalized
-        self.readout = readout
-        self.seed = seed
 
     @torch.no_grad()
-    def forward(self, images: Tensor, batch_idx: int = 0) -> Tensor:
-        """Class probabilities (N, K) of normalised images. batch_idx: names the noise they start
-        from, where they start from noise."""
-        answers, z = [], None
+    def forward(self, batch: Batch, batch_idx: int = 0) -> Tensor:
+        """The chain's answers. batch_idx names the noise that states start from."""
+        num_samples = len(next(iter(batch.values())))
+        rows = Rows(batch_idx, 0, num_samples, num_samples)
+        condition, answer, z, carry = self.task.condition(batch), None, None, None
         for block, denoiser in enumerate(self.denoisers):
             assert isinstance(denoiser, Denoiser)
-            table = denoiser.shared.label_table
-            if z is None:
-                shape = tuple(table.shape[1:])
-                z = self.sampler.initial_state(
-                    len(images), shape, self.seed, batch_idx, table.dtype
-                ).to(table.device)
-            task = ClassReadout(table, self.normalized)
-            z, answer = self.sampler.run_block(block, denoiser, task, images, z)
-            answers.append(answer)
-        return torch.stack([answers[b] for b in self.readout]).mean(dim=0)
+            if z is None or carry is None:
+                like = next(p for p in denoiser.shared.parameters() if p.is_floating_point())
+                z = self.sampler.initial_state(self.task, rows, like.dtype).to(like.device)
+                carry = like.new_zeros(num_samples, *(self.task.carry_shape or (0,)))
+            shared = denoiser.shared
+            z, answer = self.sampler.run_block(
+                block, denoiser, self.task, shared, condition, z, rows
+            )
+            carry, answer = self.task.read(block, answer, carry)
+        assert answer is not None, "there are no blocks"
+        return answer
 
 
-class LoadedModel:
-    """An exported model, ready to use; holds no process group and needs no config file."""
+@dataclass(frozen=True)
+class Description:
+    """The content of config.json: what was trained, and how its chain is sampled."""
 
-    def __init__(self, network: nn.Module, spec: DatasetSpec, device: torch.device) -> None:
-        self.network = network.eval()
-        self.spec = spec
-        self.device = device
+    config: Config
+    spec: Any
+    layers_per_block: tuple[int, ...]
+    private_shared: bool = False
+    owners: tuple[int, ...] | None = None
+    """Block of each sampler step, where it is not the partition's choice (published weights)."""
 
-    def predict(self, images: Any, batch_size: int = 256) -> Tensor:
-        """Class indices (N,) of images; see `predict_proba` for what images may be."""
-        return self.predict_proba(images, batch_size).argmax(dim=-1)
+    def to_json(self) -> dict[str, Any]:
+        c = self.config
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "mode": c.mode,
+            "seed": c.seed,
+            **{name: asdict(getattr(c, name)) for name in _SECTIONS},
+            "data": {"source": c.data.name, **asdict(self.spec)},
+            "layers_per_block": list(self.layers_per_block),
+            "private_shared": self.private_shared,
+            "owners": None if self.owners is None else list(self.owners),
+        }
 
-    @torch.no_grad()
-    def predict_proba(self, images: Any, batch_size: int = 256) -> Tensor:
-        """Class probabilities (N, K).
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "Description":
+        """The inverse of `to_json`. Raises what wrong values raise."""
+        names = {s: values[s]["name"] for s in ("task", "model", "noise")}
+        data = dict(values["data"])
+        names["data"] = data.pop("source")
+        classes = registry.section_classes(names)
+        sections = {name: _section(classes[name], values[name]) for name in _SECTIONS}
+        source = registry.default_section("data", names)
+        config = Config(
+            mode=values["mode"],
+            seed=values["seed"],
+            data=type(source)(**{**asdict_shallow(source), "name": names["data"]}),
+            **sections,
+        )
+        spec = registry.find("data", names["data"]).load().spec_from(data)
+        owners = values.get("owners")
+        return Description(
+            config,
+            spec,
+            tuple(values["layers_per_block"]),
+            values["private_shared"],
+            None if owners is None else tuple(owners),
+        )
 
-        images: tensor or array (N, C, S, S), or (N, S, S) with one channel; uint8, or float from 0
-        to 1. Raises ValueError for another shape or range.
-        """
-        pixels = normalize(torch.as_tensor(images), self.spec)
-        dtype = next(self.network.parameters()).dtype
-        answers = [torch.empty(0, self.spec.num_classes, dtype=dtype)]
-        for batch_idx, part in enumerate(pixels.split(batch_size) if len(pixels) else ()):
-            part = part.to(self.device, dtype)
-            if isinstance(self.network, BlockwiseClassifier):
-                answers.append(self.network(part, batch_idx).cpu())
-            else:
-                answers.append(self.network(part).softmax(dim=-1).cpu())
-        return torch.cat(answers)
+    def build(self, device: torch.device, dtype: torch.dtype | None) -> WholeModel:
+        """The model, empty; on the meta device without memory. dtype: None leaves the model's."""
+        setup = build_setup(self.config, self.spec)
+        ends = [sum(self.layers_per_block[:b]) for b in range(len(self.layers_per_block) + 1)]
+        shared = build_shared(setup.model)
+        denoisers = [
+            setup.denoiser(
+                build_shared(setup.model) if self.private_shared else shared,
+                build_block(setup.model, range(a, b)),
+            )
+            for a, b in pairwise(ends)
+        ]
+        model = WholeModel(denoisers, setup.task, self._sampler(setup))
+        model = model if dtype is None else model.to(dtype)
+        return model if device.type == "meta" else materialise(model, device)
+
+    def _sampler(self, setup: Setup) -> Sampler:
+        if self.owners is None:
+            return build_sampler(setup)
+        s = setup.config.sampler
+        partition = setup.process.partition
+        assert partition is not None
+        levels = partition.levels(len(self.owners), s.start_level)
+        steps = Steps(levels, self.owners)
+        return Sampler(
+            setup.process, steps, setup.config.seed, s.start, s.num_draws, s.guidance_scale
+        )
 
 
-def save_model(out: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Writes an exported model; config.json comes last and marks it complete. Raises
-    CheckpointError where it cannot be written."""
+def save_model(out: Path, weights: dict[str, Tensor], description: Description) -> None:
+    """Writes an exported model; config.json comes last and marks it complete.
+
+    Raises CheckpointError where it cannot be written, or would replace what is no exported model.
+    """
+    _check_replaceable(out)
     on_host = {name: tensor.cpu() for name, tensor in weights.items()}
-    text = json.dumps({"format": FORMAT, "version": VERSION, **config}, indent=2) + "\n"
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").unlink(missing_ok=True)
         file = Snapshot(on_host)
         file.fill(on_host)
         file.write(out / "model.safetensors")
-        partial = out / "config.json.partial"
-        partial.write_text(text)
-        os.replace(partial, out / "config.json")
+        write_json(out / "config.json", description.to_json())
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written ({error.strerror})") from None
 
 
-def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> LoadedModel:
-    """The exported model in this folder (`dbdist export`, `dbdist import-published`).
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Any:
+    """The exported model in this folder, ready to use: what its task offers.
 
-    Raises CheckpointError, in one sentence, for a folder that holds none or files that do not fit
+    A classifier has `class_names`, `predict`, `predict_labels` and `predict_proba`. Raises
+    CheckpointError, in one sentence, for a folder that holds none or files that do not fit
     together.
     """
-    folder, device = Path(path), torch.device(device)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} holds no exported model (config.json); `dbdist export RUN OUT` makes one"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{folder}/config.json cannot be read ({error}); export the model again"
-        ) from None
-    if (
-        not isinstance(config, dict)
-        or config.get("format") != FORMAT
-        or config.get("version") != VERSION
-    ):
-        raise CheckpointError(f"{folder}/config.json is not of format {FORMAT} version {VERSION}")
+    folder, device = Path(path).expanduser(), torch.device(device)
+    values = _read(folder / "config.json")
     file = folder / "model.safetensors"
     weights = load_weights(file)
-    dtypes = {tensor.dtype for tensor in weights.values()}
-    if len(dtypes) != 1 or not (dtype := dtypes.pop()).is_floating_point:
+    dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    if not dtypes:
         raise CheckpointError(f"{file} does not hold the weights of a model")
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
     try:
-        spec = _dataset_spec(config["data"])
-        _check_extent(config, spec, weights)
+        description = Description.from_json(values)
+        _check_extent(description, weights)
         # Without memory first: the weights say how much a description may ask for.
-        empty = _build(config, torch.device("meta"), dtype)
-        own = {name: p.shape for name, p in empty.named_parameters()}
-        named = network_weights(empty, weights)
+        empty = description.build(torch.device("meta"), dtype)
+        own = {name: t.shape for name, t in named_tensors(empty).items()}
+        named = network_weights(own, weights)
     except (UserError, *_WRONG_VALUES) as error:
         raise CheckpointError(
             f"{folder}/config.json does not describe a model ({_reason(error)}); export it again"
         ) from None
     check_weights(own, named, file)
-    network = _build(config, device, dtype)
+    network = description.build(device, dtype)
     fill(network, named, file)
-    model = LoadedModel(network, spec, device)
-    try:  # whatever is wrong shows now, and not at the first image of the user's
-        model.predict(torch.zeros(1, spec.channels, spec.image_size, spec.image_size))
+    network.eval()
+    like = next(p.dtype for p in network.parameters() if p.is_floating_point())
+    model = network.task.loaded(network, device, like)
+    try:  # whatever is wrong shows now, and not at the first use
+        model.probe()
     except (UserError, *_WRONG_VALUES) as error:
         raise CheckpointError(
             f"{folder}/config.json does not fit its weights ({_reason(error)}); export the model "
@@ -183,95 +216,92 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Lo
     return model
 
 
-def network_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Exported names to the names of this network's parameters."""
-    if not isinstance(network, BlockwiseClassifier):
-        named = {f"block.{k}" if k.startswith("layers.") else k: v for k, v in weights.items()}
-        return named
-    own, used = {}, set()
-    for name, _ in network.named_parameters():
-        _, block, part, rest = name.split(".", 3)
-        exported = f"shared.{rest}" if part == "shared" else rest
+def network_weights(own: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Exported tensors under the names of a `WholeModel`; what has no place keeps its name."""
+    found, used = {}, set()
+    for name in own:
+        _, block, kind, rest = name.split(".", 3)
+        exported = f"shared.{rest}" if kind == "shared" else rest
         private = f"block-{block}.{exported}"
-        found = private if private in weights else exported
-        if found in weights:
-            own[name] = weights[found]
-            used.add(found)
-    return own | {name: weights[name] for name in weights.keys() - used}
+        source = private if private in weights else exported
+        if source in weights:
+            found[name] = weights[source]
+            used.add(source)
+    return found | {name: weights[name] for name in weights.keys() - used}
 
 
-def describe(
-    architecture: vit.ViTConfig,
-    spec: DatasetSpec,
-    layers_per_block: list[int],
-    schedule: NoiseSchedule | None,
-    sampler: Mapping[str, Any],
-    private_shared: bool = False,
-) -> dict[str, Any]:
-    """The content of config.json; schedule is None for the plain ViT."""
-    return {
-        "data": asdict(spec),
-        "model": asdict(architecture),
-        "layers_per_block": layers_per_block,
-        "noise": asdict(schedule) if schedule else None,
-        "sampler": dict(sampler),
-        "private_shared": private_shared,
-    }
+def asdict_shallow(section: Any) -> dict[str, Any]:
+    """The fields of a dataclass, as they are."""
+    return {field.name: getattr(section, field.name) for field in fields(section)}
 
 
-def _dataset_spec(values: dict[str, Any]) -> DatasetSpec:
-    sizes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return DatasetSpec(**sizes)
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{file.parent} holds no exported model (config.json); `dbdist export RUN OUT` makes "
+            "one"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); export the model again") from None
+    version = values.get("version") if isinstance(values, dict) else None
+    if version not in (1, VERSION) or isinstance(version, bool) or values.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is not of format {FORMAT} version {VERSION}")
+    if version == VERSION:
+        return values
+    try:
+        return upgraded_export(values)
+    except _WRONG_VALUES as error:
+        raise CheckpointError(
+            f"{file} does not describe a model ({_reason(error)}); export it again"
+        ) from None
 
 
-def _check_extent(config: dict[str, Any], spec: DatasetSpec, weights: Mapping[str, Tensor]) -> None:
+def _check_replaceable(out: Path) -> None:
+    """Raises CheckpointError for a folder whose files are not an exported model's."""
+    config, weights = out / "config.json", out / "model.safetensors"
+    try:
+        if config.exists():
+            values = json.loads(config.read_text())
+            is_ours = isinstance(values, dict) and values.get("format") == FORMAT
+        else:
+            is_ours = not weights.exists() or (out / "config.json.partial").exists()
+    except (OSError, ValueError, RecursionError):
+        is_ours = False
+    if not is_ours:
+        raise CheckpointError(
+            f"{out} holds a config.json or model.safetensors that dbdist has not written; give "
+            "another folder"
+        )
+
+
+def _section(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    """A section from JSON, where lists stand for tuples."""
+    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return kind(**tuples)
+
+
+def _check_extent(description: Description, weights: Mapping[str, Tensor]) -> None:
     """Raises ValueError for counts that would take for ever: they bound what is built and run."""
-    model, layers, noise = config["model"], config["layers_per_block"], config["noise"]
-    sizes = spec.image_size, spec.channels, spec.num_classes
-    if sizes != (model["image_size"], model["channels"], model["num_classes"]):
-        raise ValueError(f"data {sizes} is not what the model is made for")
+    config, layers = description.config, description.layers_per_block
     if not layers or min(layers) < 0 or sum(layers) > len(weights):
         raise ValueError(f"{sum(layers)} layers of {len(weights)} tensors")
-    if noise is not None:
-        if noise["num_blocks"] != len(layers):
-            raise ValueError(f"num_blocks {noise['num_blocks']} of {len(layers)}")
-        sampler = config["sampler"]
-        evaluations = sampler["num_steps"] * sampler.get("num_draws", 1)
-        if not evaluations <= MAX_EVALUATIONS:
-            raise ValueError(f"{evaluations} evaluations; {MAX_EVALUATIONS} at most")
+    if config.is_plain:
+        if len(layers) != 1:
+            raise ValueError(f"{len(layers)} blocks in mode end_to_end")
+        return
+    if config.num_blocks != len(layers):
+        raise ValueError(f"num_blocks {config.num_blocks} of {len(layers)}")
+    for section in (config.model, config.sampler):
+        section.check()
+    evaluations = config.sampler_steps * config.sampler.num_draws
+    if not 0 < evaluations <= MAX_EVALUATIONS:
+        raise ValueError(f"{evaluations} evaluations; {MAX_EVALUATIONS} at most")
+    if description.owners is not None and not set(description.owners) <= set(range(len(layers))):
+        raise ValueError(f"owners {description.owners}")
 
 
 def _reason(error: Exception) -> str:
     """An error in one line."""
     return " ".join(repr(error).split())[:300]
-
-
-def _build(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    architecture = vit.ViTConfig(**config["model"])
-    ends = [0]
-    for count in config["layers_per_block"]:
-        ends.append(ends[-1] + count)
-    layers = [range(a, b) for a, b in pairwise(ends)]
-    if config["noise"] is None:
-        shared = vit.build_plain_shared(architecture, None, device)
-        block = vit.build_block(architecture, layers[0], None, device, conditioned=False)
-        return vit.PlainViT(shared, block).to(dtype)
-    schedule = NoiseSchedule(**config["noise"])
-    options = dict(config["sampler"])
-    seed, readout = options.pop("seed", 0), tuple(options.pop("readout"))
-    table = options.pop("label_table")
-    if table not in ("normalized", "raw") or options["start"] not in ("mean", "noise"):
-        raise ValueError(f"label_table {table!r}, start {options['start']!r}")
-    if options.get("blocks") is not None:
-        options["blocks"] = tuple(options["blocks"])
-    common = vit.build_shared(architecture, None, device)
-    denoisers = [
-        Denoiser(
-            vit.build_shared(architecture, None, device) if config["private_shared"] else common,
-            vit.build_block(architecture, indices, None, device),
-            schedule,
-        )
-        for indices in layers
-    ]
-    sampler = Sampler(schedule, **options)
-    return BlockwiseClassifier(denoisers, sampler, table == "normalized", readout, seed).to(dtype)

@@ -1,31 +1,44 @@
 """Models from checkpoints: one block at a time, or everything as the tensors of an exported
 model."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dbdist import build
+from dbdist.build import Setup
 from dbdist.checkpoint.manifest import Checkpoint
 from dbdist.checkpoint.names import SHARED, block_file, ema_file, split_private
 from dbdist.checkpoint.weights import fill
+from dbdist.config import registry
 from dbdist.config.config import Config
-from dbdist.models.vit import ViTConfig
-from dbdist.sampling.evaluation import Model
+from dbdist.data.sources import dataset_spec
+from dbdist.models.denoiser import Denoiser
 
 
-def load_block(
-    config: Config, sizes: ViTConfig, checkpoint: Checkpoint, block: int, device: torch.device
-) -> Model:
-    """One block with its shared modules, averaged weights if the run kept any; nothing else is
-    read."""
+def load_block(setup: Setup, checkpoint: Checkpoint, block: int, device: torch.device) -> Denoiser:
+    """One block with its shared modules, averaged weights if the run kept any.
+
+    Nothing else is read.
+    """
     layers, shared, source = _weights(checkpoint, block)
-    modules = build.build_shared(config, sizes, None, device)
-    module = build.build_block(config, sizes, block, None, device)
-    dtype = next(iter(layers.values())).dtype
-    model = build.join(config, modules.to(dtype), module.to(dtype))
+    modules, module = setup.shared(None, device), setup.block(block, None, device)
+    dtype = next(t.dtype for t in layers.values() if t.is_floating_point())
+    model = setup.denoiser(modules.to(dtype), module.to(dtype))
     fill(module, layers, checkpoint.path / block_file(block))
     fill(modules, shared, checkpoint.path / source)
     return model.eval()
+
+
+def spec_of_checkpoint(config: Config, checkpoint: Checkpoint) -> Any:
+    """What a model must know of the data it was trained on.
+
+    Of the checkpoint; of the data set's files where an older version has not written it.
+    """
+    stored = checkpoint.manifest.get("data", {})
+    if "spec" in stored:
+        return registry.find("data", config.data.name).load().spec_from(stored["spec"])
+    return dataset_spec(config.data)
 
 
 def files_of_block(config: Config, checkpoint: Checkpoint, block: int) -> list[str]:

@@ -8,17 +8,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dbdist import build
-from dbdist.build import describe_model
+from dbdist.build import build_setup
 from dbdist.checkpoint.choose import choose
 from dbdist.checkpoint.manifest import Checkpoint
 from dbdist.config.config import Config
-from dbdist.data import dataset_spec, load_dataset, prepare
+from dbdist.data.sources import dataset_spec, load_dataset, prepare
 from dbdist.errors import CheckpointError, TopologyError
 from dbdist.inference.load_models import files_of_block, load_block
+from dbdist.models.denoiser import Denoiser
 from dbdist.parallel.layout import Layout
 from dbdist.parallel.topology import Topology
-from dbdist.sampling.evaluation import Evaluation, Model, check_test_set, evaluate, write_evaluation
+from dbdist.sampling.evaluation import Evaluation, check_test_set, evaluate, write_evaluation
 
 
 def layout_for_evaluation(config: Config, world_size: int) -> Layout:
@@ -40,20 +40,19 @@ def evaluate_run(config: Config, topology: Topology) -> Evaluation:
     """Evaluates a run's checkpoint, writes RUN/evaluation.json and prints it. Collective."""
     run_dir = Path(config.run_dir)
     with topology.agree("reading the dataset's folder"):
-        model = describe_model(config, dataset_spec(config.data))
-    checkpoint = checkpoint_of_run(config, topology, model)
+        setup = build_setup(config, dataset_spec(config.data))
+    checkpoint = checkpoint_of_run(config, topology, setup.describe())
     with topology.agree():
         if topology.local_rank == 0:
             prepare(config.data)
     with topology.agree("loading the data"):
         test_set = load_dataset(config.data, "test")
         check_test_set(config, test_set)
-    own: dict[int, Model] = {}
+    own: dict[int, Denoiser] = {}
     with topology.agree("reading the checkpoint"):
-        sizes = build.architecture(config, test_set.spec)
 
-        def load(block: int) -> Model:
-            return load_block(config, sizes, checkpoint, block, topology.device)
+        def load(block: int) -> Denoiser:
+            return load_block(setup, checkpoint, block, topology.device)
 
         if topology.world_size > 1 and topology.block is not None:
             own[topology.block] = load(topology.block)
@@ -61,7 +60,7 @@ def evaluate_run(config: Config, topology: Topology) -> Evaluation:
             for block in range(config.num_blocks):
                 load(block)
     evaluation = evaluate(
-        config, topology, test_set, own.__getitem__ if own else load, checkpoint.step
+        setup, topology, test_set, own.__getitem__ if own else load, checkpoint.step
     )
     if topology.is_coordinator:
         write_evaluation(run_dir, evaluation)
@@ -94,9 +93,11 @@ def report(run_dir: Path, evaluation: Evaluation) -> None:
     table = Table(
         title=f"Evaluation at step {evaluation.step}", title_justify="left", show_header=False
     )
-    after = "  ".join(f"{b}: {a:.4f}" for b, a in enumerate(evaluation.accuracy_after_block))
-    table.add_row("accuracy", f"{evaluation.accuracy:.4f}")
-    table.add_row("accuracy after block", after)
+    main = evaluation.main
+    table.add_row(main.name, main.form.format(evaluation.value))
+    if evaluation.after_block:
+        after = (f"{b}: {main.form.format(v)}" for b, v in enumerate(evaluation.after_block))
+        table.add_row(f"{main.name} after block", "  ".join(after))
     table.add_row("samples", f"{evaluation.num_samples} ({evaluation.samples_per_s:.0f}/s)")
     table.add_row("processes", str(evaluation.world_size))
     table.add_row("file", str(run_dir / "evaluation.json"))

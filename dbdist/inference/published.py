@@ -19,14 +19,21 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dbdist.checkpoint.weights import fill, load_weights
-from dbdist.data import DatasetSpec
+from dbdist.config.config import Config
+from dbdist.data.images import DatasetSpec
+from dbdist.data.options import ImageOptions
 from dbdist.errors import CheckpointError, ConfigError
-from dbdist.inference.exported import describe, save_model
+from dbdist.inference.exported import Description, save_model
 from dbdist.models import vit
+from dbdist.models.base import build_block, build_shared, materialise
 from dbdist.models.denoiser import Denoiser
-from dbdist.processes.gaussian import NoiseSchedule
+from dbdist.models.options import ViTOptions
+from dbdist.processes.gaussian import Gaussian, NoiseSchedule
+from dbdist.processes.options import GaussianOptions
+from dbdist.processes.partition import Steps
 from dbdist.sampling.sampler import Sampler
-from dbdist.tasks.classification import ClassReadout
+from dbdist.tasks.classification import Classification
+from dbdist.tasks.options import ClassificationOptions, ClassificationSamplerOptions
 
 SHARED_NAMES = {
     "vit.embeddings.patch_embeddings.projection": "patch_embed",
@@ -63,15 +70,29 @@ class PublishedConfig:
     num_blocks: int
     num_channels: int = 3
 
-    def architecture(self) -> vit.ViTConfig:
-        return vit.ViTConfig(
-            image_size=self.image_size,
-            channels=self.num_channels,
-            num_classes=self.num_labels,
+    def options(self) -> ViTOptions:
+        """Our architecture of these sizes."""
+        return ViTOptions(
+            num_blocks=self.num_blocks,
+            num_layers=self.num_layers,
+            layers_per_block=tuple(self.layers_per_block()),
             patch_size=self.patch_size,
             hidden_size=self.hidden_size,
             num_heads=self.num_heads,
             mlp_size=self.intermediate_size,
+            init="published",
+        )
+
+    def spec(self) -> DatasetSpec:
+        """Images in [0, 1], used as they are."""
+        return DatasetSpec(
+            name="published",
+            channels=self.num_channels,
+            image_size=self.image_size,
+            num_classes=self.num_labels,
+            mean=(0.0,) * self.num_channels,
+            std=(1.0,) * self.num_channels,
+            class_names=None,
         )
 
     def layers_per_block(self) -> list[int]:
@@ -88,35 +109,42 @@ class PublishedViT(nn.Module):
 
     def __init__(self, config: PublishedConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        cpu, architecture = torch.device("cpu"), config.architecture()
+        cpu = torch.device("cpu")
+        model = vit.ViT.of(config.options(), config.spec())
         self.config = config
         self.schedule = NoiseSchedule(config.num_blocks)
-        self.shared = vit.build_shared(architecture, None, cpu).to(dtype)
+        self.process = Gaussian(self.schedule)
+        self.shared = materialise(build_shared(model), cpu).to(dtype)
         ends = [sum(config.layers_per_block()[:b]) for b in range(config.num_blocks + 1)]
         self.blocks = nn.ModuleList(
-            vit.build_block(architecture, range(a, b), None, cpu).to(dtype)
-            for a, b in pairwise(ends)
+            materialise(build_block(model, range(a, b)), cpu).to(dtype) for a, b in pairwise(ends)
         )
         self.eval()
 
     def denoiser(self, block: int) -> Denoiser:
         """Shared modules and one block; block 0 has the most noise."""
-        module = self.blocks[block]
-        assert isinstance(module, vit.Block)
-        return Denoiser(self.shared, module, self.schedule).train(self.training)
+        return Denoiser(self.shared, self.blocks[block], self.process).train(self.training)
+
+    def task(self, label_table: Literal["raw", "normalized"] = "raw") -> Classification:
+        """The task that reads logits as the published code does."""
+        sampler = ClassificationSamplerOptions(label_table=label_table, readout="last")
+        width, num_blocks = self.config.hidden_size, self.config.num_blocks
+        spec = self.config.spec()
+        return _Logits(ClassificationOptions(), sampler, spec, width, num_blocks)
 
     def denoise(
         self, block: int, images: Tensor, z: Tensor, sigma: Tensor | float, cfg_scale: float = 0.0
     ) -> Tensor:
-        """Logits (N, K) of one block. images: (N, C, S, S); z: (N, D); sigma: a number or (N,).
+        """Logits (N, K) of one block.
 
-        cfg_scale: classifier-free guidance, u + cfg_scale (c - u); 0 for none.
+        images: (N, C, S, S); z: (N, D); sigma: a number or (N,). cfg_scale: classifier-free
+        guidance, u + cfg_scale (c - u); 0 for none.
         """
         if not 0 <= block < len(self.blocks):
             raise ValueError(f"block {block} is not one of 0..{len(self.blocks) - 1}")
         sigma_N = torch.as_tensor(sigma, dtype=z.dtype, device=z.device).reshape(-1).expand(len(z))
-        sampler = Sampler(self.schedule, num_steps=1, guidance_scale=cfg_scale)
-        return sampler.guided(self.denoiser(block), images, z, sigma_N)
+        sampler = Sampler(self.process, Steps((), ()), guidance_scale=cfg_scale)
+        return sampler.guided(self.denoiser(block), self.task(), images, z, sigma_N)
 
     def sample(
         self,
@@ -138,19 +166,20 @@ class PublishedViT(nn.Module):
         blocks = published_block_of_step(self.schedule, num_steps)
         if num_steps == 1:  # the published grid of one point is sigma_min
             return self.denoise(blocks[0], images, z_init, self.schedule.sigma_min, cfg_scale)
-        sampler = Sampler(self.schedule, num_steps, guidance_scale=cfg_scale, blocks=tuple(blocks))
-        task = _LogitReadout(self.shared.label_table, label_table == "normalized")
-        z, logits = z_init, None
+        steps = Steps(self.schedule.levels(num_steps), tuple(blocks))
+        sampler = Sampler(self.process, steps, guidance_scale=cfg_scale)
+        task, z, logits = self.task(label_table), z_init, None
         for block in sorted(set(blocks)):
-            z, logits = sampler.run_block(block, self.denoiser(block), task, images, z)
+            denoiser = self.denoiser(block)
+            z, logits = sampler.run_block(block, denoiser, task, self.shared, images, z)
         assert logits is not None
         return logits
 
 
-class _LogitReadout(ClassReadout):
+class _Logits(Classification):
     """Reads out the logits themselves, as the published code returns them."""
 
-    def probabilities(self, output: Tensor) -> Tensor:
+    def answer(self, output: Tensor, shared: nn.Module) -> Tensor:
         return output
 
 
@@ -159,7 +188,7 @@ def published_block_of_step(schedule: NoiseSchedule, num_steps: int) -> list[int
     float64 boundaries, so a grid point on a boundary falls to either side, and a block may be left
     out."""
     sigmas = (
-        schedule.grid(num_steps).float().double()
+        torch.tensor(schedule.levels(num_steps)).float().double()
         if num_steps > 1
         else torch.tensor([schedule.sigma_min])
     )
@@ -207,15 +236,7 @@ def import_published(
     """
     model = load_published_vit(checkpoint, config)
     sizes = model.config
-    spec = spec or DatasetSpec(
-        name="published",
-        channels=sizes.num_channels,
-        image_size=sizes.image_size,
-        num_classes=sizes.num_labels,
-        mean=(0.0,) * sizes.num_channels,
-        std=(1.0,) * sizes.num_channels,
-        class_names=None,
-    )
+    source, spec = spec.name if spec else "image_folder", spec or sizes.spec()
     if (spec.channels, spec.image_size, spec.num_classes) != (
         sizes.num_channels,
         sizes.image_size,
@@ -231,18 +252,20 @@ def import_published(
         for name, tensor in model.named_parameters()
     }
     num_steps = max(sizes.num_blocks, 2)  # published: as many as blocks; a single one is useless
-    sampler = {
-        "num_steps": num_steps,
-        "start": "noise",
-        "label_table": "raw",
-        "readout": [sizes.num_blocks - 1],
-        "blocks": published_block_of_step(model.schedule, num_steps),
-    }
-    save_model(
-        out,
-        weights,
-        describe(sizes.architecture(), spec, sizes.layers_per_block(), model.schedule, sampler),
+    described = Config(
+        model=sizes.options(),
+        noise=GaussianOptions(),
+        data=ImageOptions(name=source),
+        sampler=ClassificationSamplerOptions(
+            num_steps=num_steps,
+            start="noise",
+            label_table="raw",
+            readout=(sizes.num_blocks - 1,),
+        ),
     )
+    owners = tuple(published_block_of_step(model.schedule, num_steps))
+    layers = tuple(sizes.layers_per_block())
+    save_model(out, weights, Description(described, spec, layers, owners=owners))
 
 
 def _read(

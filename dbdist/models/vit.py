@@ -1,11 +1,10 @@
-"""The vision transformer, split into shared modules and blocks of layers; knows nothing of noise or
-ranks.
+"""The vision transformer, split into shared modules and layers; knows nothing of tasks or ranks.
 
 Two versions of the same size: the noise-conditioned one of DiffusionBlocks (`ViTShared`, layers
 with AdaLN) and the plain one for end-to-end training (`PlainViTShared`, layers without). Parameter
 names carry the global layer index, so that shared modules and blocks of one model never clash.
-Layout of the published code: FACTS of arXiv 2506.14202's ViT (post-activation AdaLN, label
-embedding in place of the class token, LayerNorm eps 1e-12).
+Layout of the published code of arXiv 2506.14202: post-activation AdaLN, label embedding in place of
+the class token, LayerNorm eps 1e-12.
 
 Shapes: N samples, C channels, S image side, T = patches + 1 tokens, D width, E condition width, K
 classes.
@@ -13,25 +12,23 @@ classes.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dbdist import seeds
 from dbdist.errors import ConfigError
-from dbdist.models.empty import to_empty
+from dbdist.models.options import ViTOptions
+from dbdist.processes.base import Combine
 
 LAYER_NORM_EPS = 1e-12
 NUM_FREQUENCIES = 256
 MAX_PERIOD = 10_000.0
 INIT_STD = 0.02
-
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,27 +124,6 @@ class Layer(nn.Module):
         return self.mlp_out(F.gelu(self.mlp_in(x)))
 
 
-class Block(nn.Module):
-    """A group of consecutive layers, named by their index in the whole model."""
-
-    def __init__(
-        self, config: ViTConfig, layers: range, *, conditioned: bool, recompute: bool = False
-    ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleDict({str(i): Layer(config, conditioned) for i in layers})
-        self.recompute = recompute
-
-    def forward(
-        self, x: Float[Tensor, "n t d"], condition_NE: Float[Tensor, "n e"] | None
-    ) -> Float[Tensor, "n t d"]:
-        for layer in self.layers.values():
-            if self.recompute and self.training:
-                x = checkpoint(layer, x, condition_NE, use_reentrant=False)
-            else:
-                x = layer(x, condition_NE)
-        return x
-
-
 class ViTShared(nn.Module):
     """Everything outside the blocks of the noise-conditioned ViT."""
 
@@ -165,31 +141,29 @@ class ViTShared(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def embed(
-        self, images: Float[Tensor, "n c s s"], z_in: Float[Tensor, "n d"]
-    ) -> Float[Tensor, "n t d"]:
-        """Tokens: the scaled noisy label embedding in place of a class token, then the patches."""
-        patches = self.patch_embed(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([z_in.unsqueeze(1).to(patches.dtype), patches], dim=1)
-        return self.dropout(tokens + self.positions)
+        self, condition: Float[Tensor, "n c s s"], z: Float[Tensor, "n d"], level_N: Tensor | None
+    ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, "n e"]]:
+        """Tokens (the noisy label embedding in place of a class token, then patches), condition."""
+        assert level_N is not None
+        context = self.embed_noise(level_N)
+        patches = self.patch_embed(condition).flatten(2).transpose(1, 2)
+        tokens = torch.cat([z.unsqueeze(1).to(patches.dtype), patches], dim=1)
+        return self.dropout(tokens + self.positions), context
 
     def embed_noise(self, c_noise: Float[Tensor, " n"]) -> Float[Tensor, "n e"]:
-        """The condition of every AdaLN: SiLU of an MLP on 256 sinusoids of c_noise, cosines
-        first."""
+        """The condition of every AdaLN: SiLU of an MLP on 256 sinusoids, cosines first."""
         half = NUM_FREQUENCIES // 2
         exponent = torch.arange(half, device=c_noise.device, dtype=c_noise.dtype) / half
         angle = c_noise.unsqueeze(-1) * torch.exp(-math.log(MAX_PERIOD) * exponent)
         sinusoid = torch.cat([angle.cos(), angle.sin()], dim=-1)
         return F.silu(self.noise_mlp_out(F.silu(self.noise_mlp_in(sinusoid))))
 
-    def read(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, "n d"]:
-        """F, the network's raw output: the first token after the final LayerNorm."""
-        return self.norm(tokens[:, 0])
-
-    def logits(
-        self, state: Float[Tensor, "n d"], condition_NE: Float[Tensor, "n e"]
+    def output(
+        self, tokens: Float[Tensor, "n t d"], combine: Combine, context: Float[Tensor, "n e"]
     ) -> Float[Tensor, "n k"]:
-        """Class logits of the preconditioned state: AdaLN, then a linear head."""
-        shift, scale = self.adaln(condition_NE)
+        """Class logits: F is the normed first token; D goes through AdaLN and the head."""
+        state = combine(self.norm(tokens[:, 0]))
+        shift, scale = self.adaln(context)
         return self.head(state * (1 + scale) + shift)
 
 
@@ -207,90 +181,97 @@ class PlainViTShared(nn.Module):
         self.head = nn.Linear(d, config.num_classes)
         self.dropout = nn.Dropout(config.dropout)
 
-    def embed(self, images: Float[Tensor, "n c s s"]) -> Float[Tensor, "n t d"]:
-        patches = self.patch_embed(images).flatten(2).transpose(1, 2)
-        class_token = self.class_token.to(patches.dtype).expand(len(images), 1, -1)
-        return self.dropout(torch.cat([class_token, patches], dim=1) + self.positions)
+    def embed(
+        self, condition: Float[Tensor, "n c s s"], z: Tensor, level_N: None
+    ) -> tuple[Float[Tensor, "n t d"], None]:
+        """Tokens: a class token, then the patches; states and levels there are none."""
+        patches = self.patch_embed(condition).flatten(2).transpose(1, 2)
+        class_token = self.class_token.to(patches.dtype).expand(len(condition), 1, -1)
+        return self.dropout(torch.cat([class_token, patches], dim=1) + self.positions), None
 
-    def logits(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, "n k"]:
-        return self.head(self.norm(tokens[:, 0]))
-
-
-class PlainViT(nn.Module):
-    """The whole plain ViT: images to class logits."""
-
-    def __init__(self, shared: PlainViTShared, block: nn.Module) -> None:
-        """block: a `Block` of all layers, or what stands for one among its replicas."""
-        super().__init__()
-        self.shared = shared
-        self.block = block
-
-    def forward(self, images: Float[Tensor, "n c s s"]) -> Float[Tensor, "n k"]:
-        return self.shared.logits(self.block(self.shared.embed(images), None))
+    def output(
+        self, tokens: Float[Tensor, "n t d"], combine: Combine, context: None
+    ) -> Float[Tensor, "n k"]:
+        return combine(self.head(self.norm(tokens[:, 0])))
 
 
-def build_shared(config: ViTConfig, seed: int | None, device: torch.device) -> ViTShared:
-    """The shared modules, initialised from the seed (left empty when it is None)."""
-    with torch.device("meta"):
-        shared = ViTShared(config)
-    return _materialise(shared, config, seed, device)
+@dataclass(frozen=True)
+class ViT:
+    """The architecture of either version. See `models.base.Model`."""
 
+    sizes: ViTConfig
+    is_plain: bool = False
+    """Without noise levels, for end-to-end training."""
 
-def build_plain_shared(config: ViTConfig, seed: int | None, device: torch.device) -> PlainViTShared:
-    """As `build_shared`, for the plain ViT."""
-    with torch.device("meta"):
-        shared = PlainViTShared(config)
-    return _materialise(shared, config, seed, device)
+    @classmethod
+    def of(cls, options: ViTOptions, spec: Any, *, is_plain: bool = False) -> "ViT":
+        """The model with these options for images like these. Raises ConfigError.
 
+        spec: has image_size, channels and num_classes.
+        """
+        sizes = ViTConfig(
+            image_size=spec.image_size,
+            channels=spec.channels,
+            num_classes=spec.num_classes,
+            patch_size=options.patch_size,
+            hidden_size=options.hidden_size,
+            num_heads=options.num_heads,
+            mlp_size=options.mlp_width,
+            dropout=options.dropout,
+            attention_dropout=options.attention_dropout,
+            init=options.init,
+        )
+        return cls(sizes, is_plain)
 
-def build_block(
-    config: ViTConfig,
-    layers: range,
-    seed: int | None,
-    device: torch.device,
-    *,
-    conditioned: bool = True,
-    recompute: bool = False,
-) -> Block:
-    """One block of layers, initialised from the seed (left empty when it is None).
+    def build_shared(self) -> "ViTShared | PlainViTShared":
+        return PlainViTShared(self.sizes) if self.is_plain else ViTShared(self.sizes)
 
-    Each layer's weights depend on the seed and its index alone, so they are the same however the
-    model is cut. `recompute`: activation checkpointing.
-    """
-    with torch.device("meta"):
-        block = Block(config, layers, conditioned=conditioned, recompute=recompute)
-    return _materialise(block, config, seed, device)
+    def build_layer(self, index: int) -> Layer:
+        return Layer(self.sizes, conditioned=not self.is_plain)
 
+    def weights(self, module: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
+        return initial_weights(module, self.sizes.init, seed)
 
-def _materialise(module: M, config: ViTConfig, seed: int | None, device: torch.device) -> M:
-    to_empty(module, device)
-    if seed is not None:
-        with torch.no_grad():
-            for name, value in initial_weights(module, config.init, seed):
-                module.get_parameter(name).copy_(value)
-    return module
+    def describe(self) -> dict[str, Any]:
+        sizes = asdict(self.sizes)
+        for key in ("dropout", "attention_dropout", "init"):
+            del sizes[key]
+        return {"name": "vit", **sizes}
 
 
 def initial_weights(
     module: nn.Module, init: Literal["fan_in", "published"], seed: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, value in host memory) of each parameter, one at a time, each drawn from a random
-    stream of its own that the seed and the name fix.
+    """(name, value in host memory) of each parameter, one at a time.
 
-    Norms are the identity; biases, AdaLN and the conditioned head are zero; tables and tokens are
-    N(0, 0.02). Weights are N(0, 0.02) as published (whose truncation, at +-2, never bites), or of
-    standard deviation 1 / sqrt(inputs), truncated at two of these.
+    Each is drawn from a random stream that the seed and the name fix. Norms are the identity;
+    biases, AdaLN and the conditioned head are zero; tables and tokens are N(0, 0.02). Weights are
+    N(0, 0.02) as published (whose truncation, at +-2, never bites), or of standard deviation
+    1 / sqrt(inputs), truncated at two of these.
     """
-    conditioned_head = isinstance(module, ViTShared)
+    modules = dict(module.named_modules())
+    zero = {
+        id(linear)
+        for owner in modules.values()
+        for linear in (
+            [owner.linear]
+            if isinstance(owner, AdaLN)
+            else [owner.head]
+            if isinstance(owner, ViTShared)
+            else []
+        )
+    }
     for name, parameter in module.named_parameters():
-        owner, _, leaf = name.rpartition(".")
+        owner_name, _, leaf = name.rpartition(".")
+        owner = modules[owner_name]
         value = torch.zeros(parameter.shape, dtype=parameter.dtype)
         generator = seeds.generator(seed, "init", name)
-        if "norm" in owner.rpartition(".")[2]:
+        is_weight = leaf == "weight" and isinstance(owner, nn.Linear | nn.Conv2d)
+        if isinstance(owner, nn.LayerNorm):
             value.fill_(1.0 if leaf == "weight" else 0.0)
-        elif leaf == "bias" or "adaln" in owner or (owner == "head" and conditioned_head):
+        elif leaf == "bias" or id(owner) in zero:
             pass
-        elif leaf == "weight" and init == "fan_in":
+        elif is_weight and init == "fan_in":
             std = value[0].numel() ** -0.5
             nn.init.trunc_normal_(value, 0.0, std, -2 * std, 2 * std, generator=generator)
         else:

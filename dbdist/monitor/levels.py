@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dbdist.processes.gaussian import NoiseSchedule
+    from dbdist.processes.partition import Partition
 
 CURVE_POINTS = 300
 
@@ -34,26 +34,27 @@ class Levels:
         return math.log(level) if self.is_log else level
 
 
-def levels_of(schedule: "NoiseSchedule | None") -> Levels | None:
+def levels_of(partition: "Partition | None") -> Levels | None:
     """How the monitor shows these levels; None without levels.
 
     Every block has the same share of training, so the density is the slope of the share of levels
     below a level.
     """
-    if schedule is None:
+    if partition is None:
         return None
     import torch
 
-    shares = torch.linspace(0, 1, CURVE_POINTS, dtype=torch.float64)
-    low, high = math.log(schedule.sigma_min), math.log(schedule.sigma_max)
-    edges = (low + (high - low) * shares).exp().tolist()
-    below = [schedule.level_of(edge) for edge in edges]
+    is_log = partition.is_log
+    ends = [math.log(x) if is_log else x for x in (partition.lowest, partition.highest)]
+    places = torch.linspace(*ends, CURVE_POINTS, dtype=torch.float64)
+    edges = (places.exp() if is_log else places).tolist()
+    below = [partition.fraction_of(edge) for edge in edges]
     return Levels(
-        name="sigma",
-        is_log=True,
-        boundaries=tuple(schedule.boundaries.tolist()),
-        ranges=tuple(schedule.block_range(b) for b in range(schedule.num_blocks)),
-        curve=_slopes([math.log(edge) for edge in edges], edges, below),
+        name=partition.level_name,
+        is_log=is_log,
+        boundaries=tuple(partition.boundaries.tolist()),
+        ranges=tuple(partition.block_range(b) for b in range(partition.num_blocks)),
+        curve=_slopes(places.tolist(), edges, below),
     )
 
 

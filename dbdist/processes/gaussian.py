@@ -1,21 +1,21 @@
-"""Noise levels: their distribution, its partition among blocks, EDM preconditioning and the
-sampler's grid.
+"""Gaussian noise: its levels sigma and their partition, EDM's preconditioning, the Euler sampler.
 
-Pure functions of numbers and tensors; knows nothing of models or processes. Everything is computed
-in float64. Sources: DiffusionBlocks (arXiv 2506.14202) section 3; EDM (arXiv 2206.00364) Table 1.
+Everything that concerns levels is computed in float64. Sources: DiffusionBlocks (arXiv 2506.14202)
+section 3; EDM (arXiv 2206.00364) Table 1 and Algorithm 1.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dbdist.errors import ConfigError
-
-Partition = Literal["equal_probability", "uniform"]
+from dbdist.processes.base import Network, per_sample
+from dbdist.processes.options import GaussianOptions, GaussianSamplerOptions
+from dbdist.processes.partition import Partition, Steps
 
 
 class Preconditioning(NamedTuple):
@@ -28,14 +28,12 @@ class Preconditioning(NamedTuple):
 
 
 @dataclass(frozen=True)
-class NoiseSchedule:
-    """ln sigma ~ N(p_mean, p_std^2) truncated to [sigma_min, sigma_max], cut into `num_blocks`
-    ranges.
+class NoiseSchedule(Partition):
+    """ln sigma ~ N(p_mean, p_std^2) between sigma_min and sigma_max, cut into `num_blocks` ranges.
 
-    Block 0 owns the highest noise. A *level* in [0, 1] is a position between sigma_min (0) and
-    sigma_max (1) in the coordinate that the partition cuts evenly: probability mass for
-    `equal_probability`, ln sigma for `uniform`. sigma and sigma_data are in units of the data.
-    Raises ConfigError for bounds that leave nothing to sample.
+    The partition cuts evenly either probability (`equal_probability`) or ln sigma (`uniform`).
+    sigma and sigma_data are in units of the data. Raises ConfigError for bounds that leave nothing
+    to sample.
     """
 
     num_blocks: int
@@ -45,7 +43,10 @@ class NoiseSchedule:
     sigma_max: float = 80.0
     sigma_data: float = 0.5
     overlap: float = 0.05
-    partition: Partition = "equal_probability"
+    partition: Literal["equal_probability", "uniform"] = "equal_probability"
+
+    level_name = "sigma"
+    is_log = True
 
     def __post_init__(self) -> None:
         if self.num_blocks < 1:
@@ -73,104 +74,66 @@ class NoiseSchedule:
             )
 
     @property
-    def boundaries(self) -> Float[Tensor, " edges"]:
-        """Ascending edges; block b lies between entries B-1-b and B-b. Paper, section 3.2."""
-        return self.sigma_at(
-            torch.arange(self.num_blocks + 1, dtype=torch.float64) / self.num_blocks
-        )
+    def lowest(self) -> float:
+        return self.sigma_min
 
-    def block_range(self, block: int) -> tuple[float, float]:
-        """(low, high) of the sigmas a block trains on: its own range, widened by `overlap` times
-        its log-length on both sides and clamped to [sigma_min, sigma_max]. Paper, section 3.3
-        (gamma)."""
-        if not 0 <= block < self.num_blocks:
-            raise ValueError(f"block {block} is not one of 0..{self.num_blocks - 1}")
-        edges = self.boundaries.tolist()
-        low, high = edges[self.num_blocks - 1 - block], edges[self.num_blocks - block]
+    @property
+    def highest(self) -> float:
+        return self.sigma_max
+
+    def widened(self, low: float, high: float) -> tuple[float, float]:
+        """The range widened by `overlap` times its log-length on both sides."""
         widening = (high / low) ** self.overlap
         return max(low / widening, self.sigma_min), min(high * widening, self.sigma_max)
 
-    def sample_sigma(
+    def sample_level(
         self, block: int, n: int, generator: torch.Generator | None = None
     ) -> Float[Tensor, " n"]:
-        """n noise levels for training this block, uniform in CDF inside its widened range;
-        float64."""
+        """n noise levels, uniform in CDF inside the block's widened range; float64."""
         low, high = self.block_range(block)
         uniform = torch.rand(n, generator=generator, dtype=torch.float64)
         return self._between(low, high, uniform).clamp(low, high)
 
-    def grid(self, num_steps: int, sigma_start: float | None = None) -> Float[Tensor, " steps"]:
-        """The sampler's levels, descending at equal level steps from `sigma_start` (sigma_max when
-        not given) to sigma_min. A single step evaluates at the start. EDM, Algorithm 1; DESIGN
-        section 2."""
-        return self.sigma_at(self._grid_levels(num_steps, sigma_start))
-
-    def block_of_step(self, num_steps: int, sigma_start: float | None = None) -> list[int]:
-        """The block that owns each grid point; one that lies exactly on a boundary belongs to the
-        lower-noise block. Raises ConfigError when a block would be left out."""
-        levels = self._grid_levels(num_steps, sigma_start)
-        # A boundary is a level i/B. Rounding must not decide its side, so 1e-9 of a block counts as
-        # on it.
-        from_top = torch.floor((1 - levels) * self.num_blocks + 1e-9).long()
-        blocks: list[int] = from_top.clamp(0, self.num_blocks - 1).tolist()
-        if missing := sorted(set(range(self.num_blocks)) - set(blocks)):
-            raise ConfigError(
-                f"sampler.num_steps {num_steps} from sigma {sigma_start or self.sigma_max:g} "
-                "never runs "
-                f"block {missing[0]}; use at least {self.num_blocks} steps and a sigma_start above "
-                f"{self.boundaries[-2].item():.4g}, the lower edge of block 0"
-            )
-        return blocks
-
     def preconditioning(self, sigma: Float[Tensor, "*n"]) -> Preconditioning:
-        """c_skip, c_out, c_in, c_noise of D(z) = c_skip z + c_out F(c_in z, c_noise). EDM, Table
-        1."""
+        """The coefficients of D(z) = c_skip z + c_out F(c_in z, c_noise). EDM, Table 1."""
         s, sd = sigma.double(), self.sigma_data
         norm = torch.hypot(s, torch.full_like(s, sd))
-        coefficients = ((sd / norm) ** 2, s * sd / norm, 1 / norm, s.log() / 4)
-        return Preconditioning(*(c.to(sigma.dtype) for c in coefficients))
+        c_skip = (sd / norm) ** 2
+        c_out = s * sd / norm
+        c_in = 1 / norm
+        c_noise = s.log() / 4
+        return Preconditioning(*(c.to(sigma.dtype) for c in (c_skip, c_out, c_in, c_noise)))
 
     def weight(self, sigma: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """(sigma^2 + sd^2) / (sigma sd)^2, so that weight * c_out^2 = 1. EDM, Table 1,
-        lambda(sigma)."""
+        """lambda(sigma) = (sigma^2 + sd^2) / (sigma sd)^2 = 1 / c_out^2. EDM, Table 1."""
         s, sd = sigma.double(), self.sigma_data
         return ((s**2 + sd**2) / (s * sd) ** 2).to(sigma.dtype)
 
-    def level_of(self, sigma: float) -> float:
-        """Where sigma lies between sigma_min (0) and sigma_max (1); the inverse of `sigma_at`."""
+    def density(self, sigma: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Density of ln sigma, whose integral over the whole range is 1."""
+        mass = _mass(self._standard(self.sigma_min), self._standard(self.sigma_max))
+        x = (sigma.double().log() - self.p_mean) / self.p_std
+        return torch.exp(-(x**2) / 2) / (math.sqrt(2 * math.pi) * self.p_std * mass)
+
+    def fraction_of(self, level: float) -> float:
         if self.partition == "uniform":
             log_low, log_high = math.log(self.sigma_min), math.log(self.sigma_max)
-            return (math.log(sigma) - log_low) / (log_high - log_low)
+            return (math.log(level) - log_low) / (log_high - log_low)
         low, x, high = (
             self._standard(self.sigma_min),
-            self._standard(sigma),
+            self._standard(level),
             self._standard(self.sigma_max),
         )
         return _mass(low, x) / _mass(low, high)
 
-    def sigma_at(self, level: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """The sigma at each level in [0, 1]; exact at both ends."""
-        level = level.double()
+    def level_at(self, fraction: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        fraction = fraction.double()
         if self.partition == "uniform":
-            sigma = self.sigma_min * (self.sigma_max / self.sigma_min) ** level
+            sigma = self.sigma_min * (self.sigma_max / self.sigma_min) ** fraction
         else:
-            sigma = self._between(self.sigma_min, self.sigma_max, level)
-        sigma = torch.where(level <= 0, self.sigma_min, sigma)
-        return torch.where(level >= 1, self.sigma_max, sigma)
-
-    def _grid_levels(self, num_steps: int, sigma_start: float | None) -> Tensor:
-        if num_steps < 1:
-            raise ConfigError(f"sampler.num_steps is {num_steps}; it must be at least 1")
-        top = 1.0
-        if sigma_start is not None:
-            if not self.sigma_min < sigma_start <= self.sigma_max:
-                raise ConfigError(
-                    f"sampler.sigma_start is {sigma_start:g}; it must lie above noise.sigma_min "
-                    f"{self.sigma_min:g} and not above noise.sigma_max {self.sigma_max:g}"
-                )
-            top = self.level_of(sigma_start)
-        remaining = torch.arange(num_steps - 1, -1, -1, dtype=torch.float64)
-        return top * remaining / (num_steps - 1) if num_steps > 1 else torch.tensor([top]).double()
+            sigma = self._between(self.sigma_min, self.sigma_max, fraction)
+        sigma = torch.where(fraction <= 0, self.sigma_min, sigma)
+        return torch.where(fraction >= 1, self.sigma_max, sigma)
 
     def _between(self, low: float, high: float, fraction: Tensor) -> Tensor:
         """The sigma below which lies this fraction of the probability between low and high."""
@@ -184,6 +147,68 @@ class NoiseSchedule:
 
     def _standard(self, sigma: float) -> float:
         return (math.log(sigma) - self.p_mean) / self.p_std
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """z = z0 + sigma * noise; EDM's denoiser; Euler steps on the probability-flow ODE."""
+
+    partition: NoiseSchedule
+    draws_in_steps = False
+
+    @classmethod
+    def of(cls, options: GaussianOptions, num_blocks: int) -> "Gaussian":
+        values = asdict(options)
+        del values["name"]
+        return cls(NoiseSchedule(num_blocks, **values))
+
+    def steps(self, sampler: GaussianSamplerOptions, num_steps: int) -> Steps:
+        return self.partition.steps(num_steps, sampler.sigma_start, sampler.grid, sampler.rho)
+
+    def draw(self, size: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        """Unit noise."""
+        return torch.randn(size, generator=generator, dtype=dtype)
+
+    def corrupt(self, z0: Tensor, level_N: Tensor | None, draw: Tensor | None) -> Tensor:
+        assert level_N is not None
+        assert draw is not None
+        return z0 + per_sample(level_N.to(z0.dtype), z0) * draw
+
+    def denoise(self, network: Network, z: Tensor, level_N: Tensor | None) -> Tensor:
+        """EDM (2206.00364) equation 7; a head after D may turn it into something else."""
+        assert level_N is not None
+        c = self.partition.preconditioning(level_N.to(z.dtype))
+        c_skip, c_out, c_in = (per_sample(x, z) for x in (c.c_skip, c.c_out, c.c_in))
+        # Outside autocast's half precision: states stay in their own.
+        output = network(c_in * z, c.c_noise, lambda raw: c_skip * z + c_out * raw.to(z.dtype))
+        return output.to(z.dtype)
+
+    def weight(self, level_N: Tensor | None) -> Tensor:
+        assert level_N is not None
+        return self.partition.weight(level_N)
+
+    def start(
+        self,
+        size: tuple[int, ...],
+        kind: Literal["mean", "noise"],
+        level: float | None,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Zero, or N(0, 1 + sigma^2) as published: z0 is negligible beside sigma."""
+        if kind == "mean":
+            return torch.zeros(size, dtype=dtype)
+        sigma = self.partition.sigma_max if level is None else level
+        return math.sqrt(1 + sigma**2) * torch.randn(size, generator=generator, dtype=dtype)
+
+    def step(
+        self, z: Tensor, denoised: Tensor, level: float, next_level: float, draw: Tensor | None
+    ) -> Tensor:
+        """An Euler step on the probability-flow ODE. EDM (2206.00364), Algorithm 1."""
+        return denoised + (next_level / level) * (z - denoised)
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "gaussian", **asdict(self.partition)}
 
 
 def _tail(x: float) -> float:

@@ -1,16 +1,13 @@
-"""Accuracy on the test set, at the end of the chain and after every block.
+"""The figures of a test set: at the end of the chain, after every block, and by levels.
 
-`chain_answers` runs this rank's block on its replica's share of the images, `process_answers` all
+`chain_answers` runs this rank's block on its replica's share of the samples, `process_answers` all
 blocks in turn in one process; both take the same steps on the same states. `evaluate` sums up over
 ranks.
 """
 
-import dataclasses
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,315 +15,241 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dbdist import seeds
+from dbdist.build import Setup
 from dbdist.config.config import Config
-from dbdist.data import ImageDataset, num_test_samples, test_batches
+from dbdist.data.base import Dataset
+from dbdist.data.loader import num_test_samples
 from dbdist.errors import ConfigError
 from dbdist.models.denoiser import Denoiser
-from dbdist.models.vit import PlainViT
 from dbdist.parallel.chain import Chain
 from dbdist.parallel.topology import Topology
-from dbdist.sampling.sampler import build_sampler
-from dbdist.tasks.classification import ClassReadout
+from dbdist.sampling.micro_batches import MicroBatches, Wire
+from dbdist.sampling.sampler import build_sampler, describe_sampler
+from dbdist.tasks.base import Batch, Figures, MainFigure
+from dbdist.whole_files import write_json
 
-Model = Denoiser | PlainViT
-Scores = Tensor
-"""float64 (num_blocks, 2): correct answers and samples after each block."""
+ModelOfBlock = Callable[[int], Denoiser]
+"""Called with this rank's block; in one process with every block in turn."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The content of RUN/evaluation.json. The accuracy after a block is that of the chain if it
-    ended there; the last one is the accuracy of the whole."""
+    """The content of RUN/evaluation.json.
 
-    accuracy: float
-    accuracy_after_block: list[float]
+    A figure after a block is that of the chain if it ended there; the last one is the figure of the
+    whole.
+    """
+
+    figures: dict[str, Any]
+    """The task's own: name -> number, or list of numbers with one a block."""
+    main: MainFigure
     num_samples: int
     world_size: int
     samples_per_s: float
     sampler: dict[str, Any]
     step: int
 
+    @property
+    def value(self) -> float:
+        """The main figure."""
+        return self.figures[self.main.name]
+
+    @property
+    def after_block(self) -> list[float]:
+        """The main figure after every block; empty if the task has none."""
+        return self.figures.get(f"{self.main.name}_after_block", [])
+
+    def to_json(self) -> dict[str, Any]:
+        """The task's figures, then what every task has."""
+        return {
+            **self.figures,
+            "num_samples": self.num_samples,
+            "world_size": self.world_size,
+            "samples_per_s": self.samples_per_s,
+            "sampler": self.sampler,
+            "step": self.step,
+        }
+
     def scalars(self) -> dict[str, float]:
         """For metrics.jsonl."""
-        after = {
-            f"val/accuracy_after_block/{b}": a for b, a in enumerate(self.accuracy_after_block)
-        }
-        return {
-            "val/accuracy": self.accuracy,
-            **after,
-            "perf/eval_samples_per_s": self.samples_per_s,
-        }
+        found: dict[str, float] = {}
+        for name, value in self.figures.items():
+            if isinstance(value, list):
+                found |= {f"val/{name}/{b}": of_block for b, of_block in enumerate(value)}
+            else:
+                found[f"val/{name}"] = value
+        return {**found, "perf/eval_samples_per_s": self.samples_per_s}
 
 
 @dataclass(frozen=True)
 class Answers:
-    """A micro-batch after one block: labels, and class probabilities if the chain ended here."""
+    """A micro-batch after one block, and its answer if the chain ended here."""
 
-    labels_N: Tensor
-    answer_NK: Tensor
+    batch: Batch
+    answer: Tensor
 
 
 def chain_answers(
-    config: Config, topology: Topology, dataset: ImageDataset, denoiser: Denoiser
+    setup: Setup, topology: Topology, dataset: Dataset, denoiser: Denoiser
 ) -> list[Answers]:
-    """This rank's link of the chain: its block's answers for its replica's share. Collective in the
-    chain.
+    """This rank's link of the chain: its block's answers for its replica's share.
 
-    What travels is a row a sample: the states of its draws and, where several blocks' answers are
-    averaged, the sum of those so far.
+    Collective in the chain. What travels is a row a sample: the states of its draws, and what the
+    task carries beside them.
     """
     assert topology.block is not None
-    sampler, table = build_sampler(config), denoiser.shared.label_table
-    task = ClassReadout(table, config.sampler.label_table == "normalized")
-    accumulate = config.readout_blocks != (config.num_blocks - 1,)
-    num_classes, width = table.shape
-    state_size = config.sampler.num_draws * width
-    micro = _MicroBatches(config, topology, dataset, table.dtype)
+    block, task, sampler = topology.block, setup.task, build_sampler(setup)
+    dtype = _dtype_of(denoiser)
+    wire = Wire.of(task, sampler.num_draws, dtype)
+    micro = MicroBatches(setup, topology, dataset, dtype)
     results: list[Answers] = []
 
     def first(i: int) -> Tensor:
-        if micro.is_idle(i):
-            return torch.zeros(1, *shape, dtype=table.dtype, device=topology.device)
-        batch_idx, start, stop = micro.places[i]
-        z = micro.initial_state(sampler, batch_idx, (width,))
-        rows = z.unflatten(0, (-1, sampler.num_draws)).flatten(1)[start:stop].to(topology.device)
-        return torch.nn.functional.pad(rows, (0, num_classes if accumulate else 0))
+        z = sampler.initial_state(task, micro.rows_of(i), dtype).to(topology.device)
+        return wire.pack(z, wire.empty_carry(micro.sizes[i], topology.device))
 
     def work(i: int, rows: Tensor) -> Tensor:
-        images, labels = micro.load(i)
-        z, answer_sum = rows[:, :state_size].reshape(-1, width), rows[:, state_size:]
-        z, answer = sampler.run_block(topology.block or 0, denoiser, task, images, z)
-        answer_sum, answer = _read_out(config, topology.block or 0, answer, answer_sum)
+        batch = micro.load(i)
+        z, carry = wire.unpack(rows)
+        z, answer = sampler.run_block(
+            block, denoiser, task, denoiser.shared, task.condition(batch), z, micro.rows_of(i)
+        )
+        carry, answer = task.read(block, answer, carry)
         if not micro.is_idle(i):
-            results.append(Answers(labels, answer))
-        return torch.cat([z.reshape(len(labels), -1), answer_sum], dim=1)
+            results.append(Answers(batch, answer))
+        return wire.pack(z, carry)
 
-    shape = (state_size + (num_classes if accumulate else 0),)
-    Chain(topology).run(micro.sizes, shape, table.dtype, first, work)
+    Chain(topology).run(micro.sizes, (wire.row_bytes,), torch.uint8, first, work)
     return results
 
 
 def process_answers(
-    config: Config,
-    topology: Topology,
-    dataset: ImageDataset,
-    model_of_block: Callable[[int], Denoiser],
+    setup: Setup, topology: Topology, dataset: Dataset, model_of_block: ModelOfBlock
 ) -> Iterator[tuple[int, Answers]]:
-    """(block, answers) of every block in turn, one resident at a time if `model_of_block` loads
-    it."""
-    sampler = build_sampler(config)
-    states: dict[int, Tensor] = {}
-    sums: dict[int, Tensor] = {}
-    for block in range(config.num_blocks):
+    """(block, answers) of every block in turn, one resident at a time if that is how they load."""
+    task, sampler = setup.task, build_sampler(setup)
+    states: dict[int, tuple[Tensor, Tensor]] = {}
+    for block in range(setup.config.num_blocks):
         denoiser = model_of_block(block)
-        table = denoiser.shared.label_table
-        task = ClassReadout(table, config.sampler.label_table == "normalized")
-        micro = _MicroBatches(config, topology, dataset, table.dtype)
-        for i, (batch_idx, start, stop) in enumerate(micro.places):
-            images, labels = micro.load(i)
+        dtype = _dtype_of(denoiser)
+        micro = MicroBatches(setup, topology, dataset, dtype)
+        for i in range(len(micro.sizes)):
+            batch, rows = micro.load(i), micro.rows_of(i)
             if block == 0:
-                z = micro.initial_state(sampler, batch_idx, table.shape[1:])
-                draws = sampler.num_draws
-                states[i] = z[start * draws : stop * draws].to(topology.device)
-                sums[i] = torch.zeros(
-                    len(labels), len(table), dtype=table.dtype, device=topology.device
-                )
-            states[i], answer = sampler.run_block(block, denoiser, task, images, states[i])
-            sums[i], answer = _read_out(config, block, answer, sums[i])
-            yield block, Answers(labels, answer)
-        del denoiser, table, task
+                z = sampler.initial_state(task, rows, dtype).to(topology.device)
+                wire = Wire.of(task, sampler.num_draws, dtype)
+                states[i] = z, wire.empty_carry(micro.sizes[i], topology.device)
+            z, carry = states[i]
+            z, answer = sampler.run_block(
+                block, denoiser, task, denoiser.shared, task.condition(batch), z, rows
+            )
+            carry, answer = task.read(block, answer, carry)
+            states[i] = z, carry
+            if not micro.is_idle(i):
+                yield block, Answers(batch, answer)
+        del denoiser
 
 
 @torch.no_grad()
 def evaluate(
-    config: Config,
-    topology: Topology,
-    dataset: ImageDataset,
-    model_of_block: Callable[[int], Model],
-    step: int,
+    setup: Setup, topology: Topology, dataset: Dataset, model_of_block: ModelOfBlock, step: int
 ) -> Evaluation:
-    """Scores the test set and sums up over all ranks. Collective.
-
-    model_of_block: called with this rank's block; in one process with every block in turn.
-    """
+    """Scores the test set and sums up over all ranks. Collective."""
+    config, figures = setup.config, setup.task.figures()
     topology.watch.at("evaluation", waits=True)
     topology.barrier()
     start = time.perf_counter()
-    scores = torch.zeros(config.num_blocks, 2, dtype=torch.float64)
+    totals = [torch.zeros(config.num_blocks, f.size, dtype=torch.float64) for f in figures]
     is_bf16 = config.train.precision == "bf16"
     with torch.autocast(topology.device.type, torch.bfloat16, enabled=is_bf16):
-        for block, answers in _answers(config, topology, dataset, model_of_block):
-            _count(scores, block, answers)
-    if topology.store is not None:
-        dist.all_reduce(scores)
-        topology.meter.sent["metrics"] += scores.nbytes
-        topology.meter.received["metrics"] += scores.nbytes
+        of_chain = [(f, t) for f, t in zip(figures, totals, strict=True) if f.kind == "chain"]
+        for block, answers in _answers(setup, topology, dataset, model_of_block):
+            for figure, total in of_chain:
+                total[block] += figure.add(answers.answer, answers.batch).cpu()
+        for figure, total in zip(figures, totals, strict=True):
+            if figure.kind == "levels":
+                _measure(setup, topology, dataset, model_of_block, figure, total)
+    for total in totals:
+        _add_up(topology, total)
     elapsed = time.perf_counter() - start
-    accuracy = (scores[:, 0] / scores[:, 1]).tolist()
-    num_samples = int(scores[-1, 1])
+    found: dict[str, Any] = {}
+    for figure, total in zip(figures, totals, strict=True):
+        found |= figure.result(total)
+    num_samples = num_test_samples(dataset, config.eval.batch_size, config.eval.drop_last)
     return Evaluation(
-        accuracy=accuracy[-1],
-        accuracy_after_block=accuracy,
+        figures=found,
+        main=setup.task.main,
         num_samples=num_samples,
         world_size=topology.world_size,
         samples_per_s=num_samples / elapsed,
-        sampler=_sampler_used(config),
+        sampler=describe_sampler(setup),
         step=step,
     )
 
 
-def check_test_set(config: Config, dataset: ImageDataset) -> None:
-    """Raises ConfigError when eval.drop_last leaves no test image."""
+def check_test_set(config: Config, dataset: Dataset) -> None:
+    """Raises ConfigError when eval.drop_last leaves no test sample."""
     if num_test_samples(dataset, config.eval.batch_size, config.eval.drop_last) == 0:
         raise ConfigError(
-            f"eval.drop_last drops all {len(dataset)} test images, fewer than eval.batch_size "
+            f"eval.drop_last drops all {len(dataset)} test samples, fewer than eval.batch_size "
             f"{config.eval.batch_size}; lower it"
         )
 
 
+def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
+    """RUN/evaluation.json, whole or not at all. Raises ConfigError."""
+    try:
+        write_json(run_dir / "evaluation.json", evaluation.to_json())
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror})") from None
+
+
 def _answers(
-    config: Config,
-    topology: Topology,
-    dataset: ImageDataset,
-    model_of_block: Callable[[int], Model],
+    setup: Setup, topology: Topology, dataset: Dataset, model_of_block: ModelOfBlock
 ) -> Iterator[tuple[int, Answers]]:
     """(block, answers) of everything that this rank scores."""
-    if config.mode == "end_to_end":
-        yield from _plain_answers(config, topology, dataset, model_of_block(0))
-    elif topology.world_size == 1:
-        yield from process_answers(
-            config, topology, dataset, lambda block: _denoiser(model_of_block(block))
-        )
+    is_whole = setup.config.num_blocks == 1 or topology.world_size == 1
+    if is_whole and topology.block is not None:
+        yield from process_answers(setup, topology, dataset, lambda b: model_of_block(b).eval())
     elif topology.block is not None:
-        denoiser = _denoiser(model_of_block(topology.block))
-        for answers in chain_answers(config, topology, dataset, denoiser):
+        denoiser = model_of_block(topology.block).eval()
+        for answers in chain_answers(setup, topology, dataset, denoiser):
             yield topology.block, answers
 
 
-def _plain_answers(
-    config: Config, topology: Topology, dataset: ImageDataset, model: Model
-) -> Iterator[tuple[int, Answers]]:
-    assert isinstance(model, PlainViT)
-    model.eval()
-    micro = _MicroBatches(config, topology, dataset, model.shared.positions.dtype)
-    for i in range(len(micro.sizes)):
-        images, labels = micro.load(i)
-        answer = model(images)
-        if not micro.is_idle(i):
-            yield 0, Answers(labels, answer)
+def _measure(
+    setup: Setup,
+    topology: Topology,
+    dataset: Dataset,
+    model_of_block: ModelOfBlock,
+    figure: Figures,
+    total: Tensor,
+) -> None:
+    """Adds what this rank's blocks score on their own levels; no hand-off."""
+    if topology.block is None:
+        return
+    blocks = range(setup.config.num_blocks) if topology.world_size == 1 else [topology.block]
+    for block in blocks:
+        denoiser = model_of_block(block).eval()
+        micro = MicroBatches(setup, topology, dataset, _dtype_of(denoiser))
+        for i in range(len(micro.sizes)):
+            batch, rows = micro.load(i), micro.rows_of(i)
+            place = "levels", block, rows.batch_idx, rows.start
+            generator = seeds.generator(setup.config.seed, *place)
+            scores = figure.measure(denoiser, batch, block, generator).cpu()
+            if not micro.is_idle(i):
+                total[block] += scores
+        del denoiser
 
 
-def _sampler_used(config: Config) -> dict[str, Any]:
-    """The sampler with its defaults resolved; empty for the plain ViT, which has none."""
-    if config.mode == "end_to_end":
-        return {}
-    sampler = build_sampler(config)
-    resolved = {"num_steps": sampler.num_steps, "sigma_start": sampler.sigmas[0].item()}
-    return {**asdict(config.sampler), **resolved}
+def _add_up(topology: Topology, total: Tensor) -> None:
+    if topology.store is not None:
+        dist.all_reduce(total)
+        topology.meter.sent["metrics"] += total.nbytes
+        topology.meter.received["metrics"] += total.nbytes
 
 
-class _MicroBatches:
-    """The test images of one replica, loaded batch by batch, as a list of micro-batches in order.
-
-    Replicas that split a block's weights compute together, so all take as many micro-batches: those
-    with fewer images end with idle ones, of one empty image.
-    """
-
-    def __init__(
-        self, config: Config, topology: Topology, dataset: ImageDataset, dtype: torch.dtype
-    ) -> None:
-        e = config.eval
-        self._config, self._device, self._dtype = config, topology.device, dtype
-        num_samples = num_test_samples(dataset, e.batch_size, e.drop_last)
-        self._image_shape = dataset.spec.channels, dataset.spec.image_size, dataset.spec.image_size
-        self._sizes = {
-            b: min(e.batch_size, num_samples - first)
-            for b, first in enumerate(range(0, num_samples, e.batch_size))
-        }
-        num_replicas = topology.layout.num_replicas
-        places: list[list[tuple[int, int, int]]] = [[] for _ in range(num_replicas)]
-        for b, size in self._sizes.items():
-            places[b % num_replicas] += [
-                (b, start, min(start + e.micro_batch_size, size))
-                for start in range(0, size, e.micro_batch_size)
-            ]
-        self.places = places[topology.replica]
-        """(batch, first row, end row) of each micro-batch that is not idle."""
-        num_idle = max(map(len, places)) - len(self.places)
-        self.sizes = [stop - start for _, start, stop in self.places] + [1] * num_idle
-        """Rows of each micro-batch."""
-        self._batches = test_batches(
-            dataset,
-            e.batch_size,
-            shard=topology.replica,
-            num_shards=topology.layout.num_replicas,
-            drop_last=e.drop_last,
-            num_workers=config.data.num_workers,
-        )
-        self._batch: tuple[int, Tensor, Tensor] | None = None
-        self._state: tuple[int, Tensor] | None = None
-
-    def is_idle(self, i: int) -> bool:
-        """Whether a micro-batch is there for the other replicas' sake."""
-        return i >= len(self.places)
-
-    def load(self, i: int) -> tuple[Tensor, Tensor]:
-        """(images, labels) of a micro-batch; to be called in order."""
-        if self.is_idle(i):
-            images = torch.zeros(1, *self._image_shape, dtype=self._dtype, device=self._device)
-            return images, torch.zeros(1, dtype=torch.int64, device=self._device)
-        batch_idx, start, stop = self.places[i]
-        if self._batch is None or self._batch[0] != batch_idx:
-            batch, loaded = next(self._batches)
-            images, labels = batch["image"], batch["label"]
-            assert loaded == batch_idx, f"batch {loaded}, wanted {batch_idx}"
-            self._batch = batch_idx, images.to(self._device, self._dtype), labels.to(self._device)
-        return self._batch[1][start:stop], self._batch[2][start:stop]
-
-    def initial_state(self, sampler: Any, batch_idx: int, shape: tuple[int, ...]) -> Tensor:
-        """First states of a whole batch: what a sample starts from does not depend on
-        micro-batches."""
-        if self._state is None or self._state[0] != batch_idx:
-            size = self._sizes[batch_idx]
-            state = sampler.initial_state(
-                size, tuple(shape), self._config.seed, batch_idx, self._dtype
-            )
-            self._state = batch_idx, state
-        return self._state[1]
-
-
-def _read_out(
-    config: Config, block: int, answer: Tensor, answer_sum: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(sum of the averaged blocks' answers so far, the answer if the chain ended with this block):
-    their mean, or this block's own answer before the first of them."""
-    readers = config.readout_blocks
-    if readers == (config.num_blocks - 1,):
-        return answer_sum, answer
-    if block in readers:
-        answer_sum = answer_sum + answer
-    so_far = sum(reader <= block for reader in readers)
-    return answer_sum, answer_sum / so_far if so_far else answer
-
-
-def _count(scores: Scores, block: int, answers: Answers) -> None:
-    correct = answers.answer_NK.argmax(dim=-1) == answers.labels_N
-    scores[block, 0] += correct.sum().item()
-    scores[block, 1] += len(correct)
-
-
-def _denoiser(model: Model) -> Denoiser:
-    assert isinstance(model, Denoiser)
-    return model.eval()
-
-
-def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
-    """RUN/evaluation.json, whole or not at all."""
-    partial = run_dir / "evaluation.json.partial"
-    try:
-        partial.write_text(
-            json.dumps(dataclasses.asdict(evaluation), indent=2, allow_nan=False) + "\n"
-        )
-        os.replace(partial, run_dir / "evaluation.json")
-    except OSError as error:
-        raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror})") from None
+def _dtype_of(denoiser: Denoiser) -> torch.dtype:
+    """The floating-point type of the shared modules, in which states are kept."""
+    return next(p.dtype for p in denoiser.shared.parameters() if p.is_floating_point())

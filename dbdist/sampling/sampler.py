@@ -1,126 +1,138 @@
-"""The sampler: Euler steps on the probability-flow ODE, each taken by the block that owns its noise
-level.
+"""The sampler: steps of the process undone, each by the block that owns its level.
 
 `Sampler.run_block` takes one block's steps; the chain calls it on one rank after the other, a
-single process for every block in turn. States have any trailing shape. Does not communicate.
-Source: EDM (2206.00364), Algorithm 1 with first-order steps; DiffusionBlocks (2506.14202), section
-3.4.
+single process for every block in turn. States have any trailing shape and type. Does not
+communicate. Source: EDM (2206.00364), Algorithm 1; DiffusionBlocks (2506.14202), section 3.4.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dbdist import seeds
-from dbdist.config.config import Config
-from dbdist.processes.gaussian import NoiseSchedule
+from dbdist.build import Setup
+from dbdist.processes.base import Process
+from dbdist.processes.partition import Steps
+from dbdist.tasks.base import Condition, Task
 
-Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(condition, z, sigma_N) -> the head's output: a `Denoiser`, or its guided version."""
+Denoise = Callable[[Condition, Tensor, Tensor], Tensor]
+"""(condition, z, level_N) -> the head's output: a `Denoiser`."""
 
 
-@runtime_checkable
-class Readout(Protocol):
-    """What the sampler asks of a task."""
+@dataclass(frozen=True)
+class Rows:
+    """Which samples of which batch a micro-batch holds; names their random numbers."""
 
-    def denoised(self, output: Tensor) -> Tensor:
-        """D(z), the clean state that the head's output stands for."""
-        ...
-
-    def probabilities(self, output: Tensor) -> Tensor:
-        """The answer that the head's output stands for."""
-        ...
+    batch_idx: int
+    start: int
+    stop: int
+    batch_size: int
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """The levels of the sampler and which block takes each.
+    """The levels of the sampler, which block takes each, and how steps are taken.
 
-    num_steps: evaluations in all. sigma_start: the first level, sigma_max when None. num_draws:
-    states per sample whose answers are averaged. guidance_scale: 0 for none.
+    num_draws: states per sample whose answers are averaged. guidance_scale: 0 for none.
     """
 
-    schedule: NoiseSchedule
-    num_steps: int
+    process: Process
+    steps: Steps
+    seed: int = 0
     start: Literal["mean", "noise"] = "mean"
-    sigma_start: float | None = None
     num_draws: int = 1
     guidance_scale: float = 0.0
-    blocks: tuple[int, ...] | None = None
-    """Owner of each step where it is not `schedule.block_of_step` (published weights resolve ties
-    otherwise)."""
 
-    @property
-    def sigmas(self) -> Tensor:
-        return self.schedule.grid(self.num_steps, self.sigma_start)
+    def initial_state(self, task: Task, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """First states of a micro-batch; the draws of a sample are adjacent.
 
-    def steps_of(self, block: int) -> list[int]:
-        """Indices of the steps this block takes."""
-        owners = self.blocks or self.schedule.block_of_step(self.num_steps, self.sigma_start)
-        return [i for i, owner in enumerate(owners) if owner == block]
-
-    def initial_state(
-        self,
-        num_samples: int,
-        shape: tuple[int, ...],
-        seed: int,
-        batch_idx: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """First z of a batch, (num_samples * num_draws, *shape); the draws of a sample are
-        adjacent.
-
-        `noise`: z0 is negligible beside sigma, so z ~ N(0, 1 + sigma^2) as published. `mean`: zero.
+        What a sample starts from depends on its batch and place alone. dtype: of the model.
         """
-        size = (num_samples * self.num_draws, *shape)
-        if self.start == "mean":
-            return torch.zeros(size, dtype=dtype)
-        generator = seeds.generator(seed, "sampler", batch_idx)
-        scale = math.sqrt(1 + float(self.sigmas[0]) ** 2)
-        return scale * torch.randn(size, generator=generator, dtype=dtype)
+        size = (rows.batch_size * self.num_draws, *task.state_shape)
+        generator = seeds.generator(self.seed, "sampler", rows.batch_idx)
+        dtype = task.state_dtype or dtype
+        z = self.process.start(size, self.start, self.steps.levels[0], generator, dtype)
+        return z[rows.start * self.num_draws : rows.stop * self.num_draws]
 
+    @torch.no_grad()
     def run_block(
-        self, block: int, denoise: Denoise, task: Readout, condition: Tensor, z: Tensor
+        self,
+        block: int,
+        denoise: Denoise,
+        task: Task,
+        shared: nn.Module,
+        condition: Condition,
+        z: Tensor,
+        rows: Rows | None = None,
     ) -> tuple[Tensor, Tensor]:
         """This block's steps on states z: the state for the next block, and this block's answer.
 
-        condition: one row a sample; z: `num_draws` rows a sample. The answer is read from the
-        block's last
-        step, averaged over draws: one row a sample.
+        condition: one row a sample; z: `num_draws` rows a sample. rows: names what steps draw. The
+        answer is read from the block's last step, averaged over draws: one row a sample.
         """
-        sigmas = self.sigmas
-        condition_of_z = condition.repeat_interleave(self.num_draws, dim=0)
-        output = None
-        for i in self.steps_of(block):
-            sigma_N = sigmas[i].to(z).expand(len(z))
-            output = self.guided(denoise, condition_of_z, z, sigma_N)
-            if i + 1 < self.num_steps:
-                denoised = task.denoised(output)
-                z = denoised + (sigmas[i + 1] / sigmas[i]).item() * (z - denoised)
+        condition_of_z = _repeated(condition, self.num_draws)
+        levels, output = self.steps.levels, None
+        for i in self.steps.of(block):
+            level_N = self._levels(levels[i], z)
+            output = self.guided(denoise, task, condition_of_z, z, level_N)
+            if i + 1 < len(levels):
+                denoised = task.denoised(output, shared)
+                draw = self._draw(i, task, rows, z) if self.process.draws_in_steps else None
+                z = self.process.step(z, denoised, levels[i], levels[i + 1], draw)
         assert output is not None, f"block {block} takes no step"
-        return z, task.probabilities(output).unflatten(0, (-1, self.num_draws)).mean(dim=1)
+        answer = task.answer(output, shared)
+        if self.num_draws > 1:
+            answer = answer.unflatten(0, (-1, self.num_draws)).mean(dim=1)
+        return z, answer
 
-    def guided(self, denoise: Denoise, condition: Tensor, z: Tensor, sigma_N: Tensor) -> Tensor:
-        """Classifier-free guidance on the head's output: u + scale (c - u), u for an all-zero
-        condition."""
-        output = denoise(condition, z, sigma_N)
+    def guided(
+        self, denoise: Denoise, task: Task, condition: Condition, z: Tensor, level_N: Tensor
+    ) -> Tensor:
+        """Classifier-free guidance on the head's output: u + scale (c - u)."""
+        output = denoise(condition, z, level_N)
         if self.guidance_scale == 0:
             return output
-        unconditional = denoise(torch.zeros_like(condition), z, sigma_N)
+        unconditional = denoise(task.no_condition(condition, len(z)), z, level_N)
         return unconditional + self.guidance_scale * (output - unconditional)
 
+    def _levels(self, level: float, z: Tensor) -> Tensor:
+        dtype = z.dtype if z.is_floating_point() else torch.get_default_dtype()
+        return torch.full((len(z),), level, dtype=dtype, device=z.device)
 
-def build_sampler(config: Config) -> Sampler:
-    s = config.sampler
-    return Sampler(
-        config.noise_schedule(),
-        config.sampler_steps,
-        s.start,
-        s.sigma_start,
-        s.num_draws,
-        s.guidance_scale,
-    )
+    def _draw(self, step: int, task: Task, rows: Rows | None, z: Tensor) -> Tensor | None:
+        """What a step draws for these rows: those of the whole batch's draw, wherever it is cut."""
+        assert rows is not None, "steps that draw need to know their rows"
+        generator = seeds.generator(self.seed, "step", rows.batch_idx, step)
+        size = (rows.batch_size * self.num_draws, *task.state_shape)
+        draw = self.process.draw(size, generator, z.dtype)
+        if draw is None:
+            return None
+        return draw[rows.start * self.num_draws : rows.stop * self.num_draws].to(z.device)
+
+
+def build_sampler(setup: Setup) -> Sampler:
+    """The configured sampler. Raises ConfigError where it leaves a block out."""
+    config, s = setup.config, setup.config.sampler
+    steps = setup.process.steps(s, config.sampler_steps)
+    if config.is_plain:
+        return Sampler(setup.process, steps, config.seed)
+    return Sampler(setup.process, steps, config.seed, s.start, s.num_draws, s.guidance_scale)
+
+
+def describe_sampler(setup: Setup) -> dict[str, Any]:
+    """The sampler with its defaults resolved; empty without a process to undo."""
+    if setup.process.partition is None:
+        return {}
+    sampler = build_sampler(setup)
+    resolved = {"num_steps": len(sampler.steps.levels)}
+    start = f"{setup.process.partition.level_name}_start"
+    return {**asdict(setup.config.sampler), **resolved, start: sampler.steps.levels[0]}
+
+
+def _repeated(condition: Condition, times: int) -> Condition:
+    if isinstance(condition, Tensor):
+        return condition.repeat_interleave(times, dim=0)
+    return tuple(_repeated(c, times) for c in condition)

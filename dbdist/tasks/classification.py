@@ -1,146 +1,177 @@
-"""Image classification as denoising: z0 is the image's normalised label embedding, the condition
-its pixels.
+"""Image classification as denoising: z0 is the image's label embedding, the condition its pixels.
 
 The head's logits stand for the denoised state softmax(logits) @ label table; the loss is
-cross-entropy.
-Source: DiffusionBlocks (2506.14202), section 4.1 and its published ViT code; where we offer more
-than that code does, `TaskConfig` and `SamplerConfig` name the switch. Does not communicate.
+cross-entropy. Source: DiffusionBlocks (2506.14202), section 4.1 and its published ViT code; where
+we offer more than that code does, the options name the switch.
 """
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dbdist import seeds
-from dbdist.config.options import TaskConfig
-from dbdist.models.denoiser import Denoiser, noised
-from dbdist.models.vit import PlainViT
-from dbdist.processes.gaussian import NoiseSchedule
+from dbdist.errors import ConfigError
+from dbdist.models.base import Model
+from dbdist.processes.base import Process
+from dbdist.tasks.base import Answer, Batch, Figures, Loss, MainFigure, Task
+from dbdist.tasks.classifier import Classifier
+from dbdist.tasks.options import ClassificationOptions, ClassificationSamplerOptions
+
+NUM_BINS = 15
+"""Of the expected calibration error."""
 
 
-class Draws(NamedTuple):
-    """The random part of a training batch: noise levels, unit noise, and which images are kept."""
+class Classification(Task):
+    """Denoise the label embedding of an image. The model has `label_table` and gives logits."""
 
-    sigma_N: Float[Tensor, " n"]
-    noise_ND: Float[Tensor, "n d"]
-    keep_N: Bool[Tensor, " n"] | None
-
-    def part(self, start: int, stop: int) -> "Draws":
-        """The draws of samples start..stop-1 of the batch."""
-        keep_N = None if self.keep_N is None else self.keep_N[start:stop]
-        return Draws(self.sigma_N[start:stop], self.noise_ND[start:stop], keep_N)
-
-    def to(self, device: torch.device) -> "Draws":
-        keep_N = None if self.keep_N is None else self.keep_N.to(device, non_blocking=True)
-        sigma_N = self.sigma_N.to(device, non_blocking=True)
-        return Draws(sigma_N, self.noise_ND.to(device, non_blocking=True), keep_N)
-
-
-def sample_draws(
-    task: TaskConfig,
-    schedule: NoiseSchedule,
-    *,
-    seed: int,
-    block: int,
-    step: int,
-    num_samples: int,
-    hidden_size: int,
-) -> Draws:
-    """What the whole batch of this block's step draws, on the CPU: a function of seed, block and
-    step alone.
-
-    Replicas take their parts of the same draws, so R replicas train on what one process would.
-    """
-    dtype = torch.get_default_dtype()
-    sigma_N = schedule.sample_sigma(block, num_samples, seeds.generator(seed, "sigma", block, step))
-    noise_ND = torch.randn(
-        num_samples, hidden_size, generator=seeds.generator(seed, "noise", block, step), dtype=dtype
-    )
-    keep_N = None
-    if task.condition_dropout > 0:
-        generator = seeds.generator(seed, "condition", block, step)
-        keep_N = torch.rand(num_samples, generator=generator) >= task.condition_dropout
-    return Draws(sigma_N.to(dtype), noise_ND, keep_N)
-
-
-class Loss(NamedTuple):
-    """The scalar to minimise, and each sample's cross-entropy for the record."""
-
-    value: Float[Tensor, ""]
-    cross_entropy_N: Float[Tensor, " n"]
-
-
-class DenoisingLoss(nn.Module):
-    """The training objective of one block: images and labels to a loss. One module, so that
-    data-parallel engines can wrap it; gradients flow into the label table through target and state
-    alike."""
+    main = MainFigure("accuracy")
 
     def __init__(
-        self, denoiser: Denoiser, weighting: Literal["none", "per_sample", "published"]
+        self,
+        options: ClassificationOptions,
+        sampler: ClassificationSamplerOptions,
+        spec: Any,
+        width: int,
+        num_blocks: int,
     ) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.weighting = weighting
+        """spec: of the data set, with num_classes. width: of a label embedding."""
+        self.options, self.sampler, self.spec = options, sampler, spec
+        self.readers = sampler.readout_blocks(num_blocks)
+        self.state_shape = (width,)
+        is_averaged = self.readers != (num_blocks - 1,)
+        self.carry_shape = (spec.num_classes,) if is_averaged else ()
 
-    def forward(
-        self, images: Float[Tensor, "n c s s"], labels_N: Int[Tensor, " n"], draws: Draws
+    @classmethod
+    def of(cls, config: Any, spec: Any, model: Model, process: Process) -> Task:
+        if process.partition is None and not config.is_plain:
+            raise ConfigError(
+                "task.name: classification denoises label embeddings, which needs a process with "
+                "noise levels; use noise.name: gaussian, or mode: end_to_end"
+            )
+        width = getattr(model, "sizes").hidden_size  # noqa: B009
+        kind = PlainClassification if config.is_plain else cls
+        return kind(config.task, config.sampler, spec, width, config.num_blocks)
+
+    def condition(self, batch: Batch) -> Float[Tensor, "n c s s"]:
+        return batch["image"]
+
+    def drop(
+        self, condition: Float[Tensor, "n c s s"], keep_N: Bool[Tensor, " n"]
+    ) -> Float[Tensor, "n c s s"]:
+        """Zeros are the unconditional image, as published."""
+        return condition * keep_N[:, None, None, None]
+
+    def clean(self, batch: Batch, shared: nn.Module) -> Float[Tensor, "n d"]:
+        """Label embeddings of unit length; gradients flow into the table."""
+        return targets(table_of(shared), batch["label"])
+
+    def loss(
+        self,
+        output: Float[Tensor, "n k"],
+        z0: Tensor,
+        batch: Batch,
+        level_N: Tensor | None,
+        weight_N: Tensor | None,
     ) -> Loss:
-        if draws.keep_N is not None:
-            images = images * draws.keep_N[:, None, None, None]
-        z0_ND = targets(self.denoiser.shared.label_table, labels_N)
-        z_ND = noised(z0_ND, draws.sigma_N, draws.noise_ND)
-        logits_NK = self.denoiser(images, z_ND, draws.sigma_N)
-        cross_entropy_N = F.cross_entropy(logits_NK, labels_N, reduction="none")
-        return Loss(self._weighted(cross_entropy_N, draws.sigma_N), cross_entropy_N.detach())
+        cross_entropy_N = F.cross_entropy(output, batch["label"], reduction="none")
+        value = self._weighted(cross_entropy_N, weight_N)
+        return Loss(value, {"cross_entropy": cross_entropy_N.detach()})
 
     def _weighted(
-        self, cross_entropy_N: Float[Tensor, " n"], sigma_N: Float[Tensor, " n"]
+        self, cross_entropy_N: Float[Tensor, " n"], weight_N: Float[Tensor, " n"] | None
     ) -> Float[Tensor, ""]:
-        if self.weighting == "none":
+        if weight_N is None or self.options.weighting == "none":
             return cross_entropy_N.mean()
-        weight_N = self.denoiser.schedule.weight(sigma_N)
-        if self.weighting == "per_sample":
+        if self.options.weighting == "per_sample":
             return (cross_entropy_N * weight_N).mean()
         # The published code multiplies (N,) by (N, 1), which amounts to a product of means.
         return cross_entropy_N.mean() * weight_N.mean()
 
-
-class EndToEndLoss(nn.Module):
-    """The training objective of the plain ViT: mean cross-entropy."""
-
-    def __init__(self, model: PlainViT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Float[Tensor, "n c s s"], labels_N: Int[Tensor, " n"]) -> Loss:
-        logits_NK = self.model(images)
-        logits_NK = logits_NK.to(torch.promote_types(logits_NK.dtype, torch.float32))
-        cross_entropy_N = F.cross_entropy(logits_NK, labels_N, reduction="none")
-        return Loss(cross_entropy_N.mean(), cross_entropy_N.detach())
-
-
-@dataclass(frozen=True)
-class ClassReadout:
-    """How logits are read at inference: as class probabilities, and as the state they stand for.
-
-    table_KD: the label table. normalized: rows of unit length, as in training; False: as they are
-    stored.
-    """
-
-    table_KD: Float[Tensor, "k d"]
-    normalized: bool = True
-
-    def denoised(self, output: Float[Tensor, "n k"]) -> Float[Tensor, "n d"]:
+    def denoised(self, output: Float[Tensor, "n k"], shared: nn.Module) -> Float[Tensor, "n d"]:
         """softmax(logits) @ table."""
-        table = F.normalize(self.table_KD, dim=-1) if self.normalized else self.table_KD
+        table = table_of(shared)
+        if self.sampler.label_table == "normalized":
+            table = F.normalize(table, dim=-1)
         return output.softmax(dim=-1) @ table
 
-    def probabilities(self, output: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    def answer(self, output: Float[Tensor, "n k"], shared: nn.Module) -> Float[Tensor, "n k"]:
+        """Class probabilities."""
         return output.softmax(dim=-1)
+
+    def read(
+        self, block: int, answer: Float[Tensor, "n k"], carry: Tensor
+    ) -> tuple[Tensor, Float[Tensor, "n k"]]:
+        """The mean of the answers to average so far, or this block's before the first of them."""
+        if not self.carry_shape:
+            return carry, answer
+        if block in self.readers:
+            carry = carry + answer
+        so_far = sum(reader <= block for reader in self.readers)
+        return carry, carry / so_far if so_far else answer
+
+    def figures(self) -> list[Figures]:
+        return [ClassFigures()]
+
+    def loaded(self, answer: Answer, device: torch.device, dtype: torch.dtype) -> Classifier:
+        return Classifier(self.spec, answer, device, dtype)
+
+
+class PlainClassification(Classification):
+    """The end-to-end control: the image alone gives the logits."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.state_shape = (0,)
+        self.carry_shape = ()
+
+    def clean(self, batch: Batch, shared: nn.Module) -> Float[Tensor, "n 0"]:
+        return batch["image"].new_zeros(len(batch["label"]), 0)
+
+    def denoised(self, output: Tensor, shared: nn.Module) -> Tensor:
+        return output.new_zeros(len(output), 0)
+
+
+class ClassFigures(Figures):
+    """Accuracy after every block; negative log-likelihood and calibration error at the end.
+
+    The vector: correct answers, samples, summed -log p(label), and for each of 15 bins of
+    confidence its samples, summed confidence and correct answers (ECE: 1706.04599, equation 3).
+    """
+
+    size = 3 + 3 * NUM_BINS
+
+    def add(self, answer: Float[Tensor, "n k"], batch: Batch) -> Float[Tensor, " size"]:
+        label_N = batch["label"]
+        confidence_N, predicted_N = answer.double().max(dim=-1)
+        correct_N = (predicted_N == label_N).double()
+        p_N = answer.double().gather(1, label_N[:, None]).squeeze(1)
+        nll_N = -p_N.clamp_min(torch.finfo(torch.float32).tiny).log()
+        head = torch.stack([correct_N.sum(), torch.ones_like(correct_N).sum(), nll_N.sum()])
+        bin_N = (confidence_N * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+        bins = torch.zeros(3, NUM_BINS, dtype=torch.float64, device=answer.device)
+        for row, value_N in zip(bins, (torch.ones_like(p_N), confidence_N, correct_N), strict=True):
+            row.scatter_add_(0, bin_N, value_N)
+        return torch.cat([head, bins.flatten()])
+
+    def result(self, totals: Float[Tensor, "blocks size"]) -> dict[str, Any]:
+        accuracy = (totals[:, 0] / totals[:, 1]).tolist()
+        last = totals[-1]
+        _, confidence, correct = last[3:].reshape(3, NUM_BINS)
+        return {
+            "accuracy": accuracy[-1],
+            "accuracy_after_block": accuracy,
+            "nll": (last[2] / last[1]).item(),
+            "ece": ((confidence - correct).abs().sum() / last[1]).item(),
+        }
+
+
+def table_of(shared: nn.Module) -> Float[Tensor, "k d"]:
+    """The label embeddings."""
+    table = getattr(shared, "label_table")  # noqa: B009
+    assert isinstance(table, Tensor)
+    return table
 
 
 def targets(

@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbdist import build
+from dbdist.build import Setup
 from dbdist.checkpoint.names import PREFIX
 from dbdist.config.config import Config
-from dbdist.data import DatasetSpec
-from dbdist.models.vit import Block, ViTConfig, initial_weights
+from dbdist.models.base import Block
+from dbdist.models.denoiser import Denoiser
 from dbdist.monitor.ownership import Ownership
 from dbdist.parallel.agreement import digest_of, find_difference
 from dbdist.parallel.engines.ddp import Whole
 from dbdist.parallel.engines.engine import Engine, SharedGradients, check_engine, clip
 from dbdist.parallel.shared_sync import Averaged, Coordinated, Local, Sharded, SharedSync
 from dbdist.parallel.topology import Topology
-from dbdist.sampling.evaluation import Model
 from dbdist.training.adamw import AdamW
 from dbdist.training.ema import Ema
 
@@ -32,7 +31,7 @@ class OwnedBlock:
 
     index: int
     module: Block
-    model: Model
+    model: Denoiser
     """The block joined with this rank's shared modules: what runs at inference."""
     objective: nn.Module
     """The training objective around it."""
@@ -57,23 +56,22 @@ class RankState:
         self,
         config: Config,
         topology: Topology,
-        spec: DatasetSpec,
+        setup: Setup,
         indices: list[int],
         *,
         is_empty: bool = False,
     ) -> None:
         """indices: the blocks to own. is_empty: leave the weights to `state_files.restore`."""
-        self.config, self.topology, self.spec = config, topology, spec
-        sizes = build.architecture(config, spec)
+        self.config, self.topology, self.setup = config, topology, setup
         seed = None if is_empty else config.seed
         device = topology.device
-        self.shared = build.build_shared(config, sizes, seed, device)
+        self.shared = setup.shared(seed, device)
         self.blocks: list[OwnedBlock] = []
         check_engine(config.parallel.replica_engine, topology)
         for index in indices:
-            module, engine, shapes = self._build_engine(sizes, index, seed)
-            model = build.join(config, self.shared, engine.module)
-            objective = build.build_objective(config, model)
+            module, engine, shapes = self._build_engine(index, seed)
+            model = setup.denoiser(self.shared, engine.module)
+            objective = setup.objective(model)
             self.blocks.append(OwnedBlock(index, module, model, objective, engine, shapes))
         self.sync = self._build_sync()
         self._shared_gradients = SharedGradients(topology, self.shared_parameters)
@@ -96,6 +94,11 @@ class RankState:
     @property
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.shared.named_parameters())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the shared modules, in which states are kept."""
+        return next(p.dtype for p in self.shared.parameters() if p.is_floating_point())
 
     def set_training(self, mode: bool) -> None:
         for owned in self.blocks:
@@ -174,9 +177,9 @@ class RankState:
             optimized += sum(p.numel() for group in groups for p in group["params"])
         layers = [i for owned in self.blocks for i in config.layers_of_block[owned.index]]
         levels = None
-        if config.mode != "end_to_end" and self.blocks:
-            schedule = config.noise_schedule()
-            ranges = [schedule.block_range(owned.index) for owned in self.blocks]
+        partition = self.setup.process.partition
+        if partition is not None and self.blocks:
+            ranges = [partition.block_range(owned.index) for owned in self.blocks]
             levels = min(low for low, _ in ranges), max(high for _, high in ranges)
         return Ownership(
             rank=topology.rank,
@@ -186,13 +189,13 @@ class RankState:
             levels=levels,
             parameters=own,
             shared_parameters=shared,
-            optimizer_bytes=2 * optimized * self.shared.positions.element_size(),
+            optimizer_bytes=2 * optimized * self.dtype.itemsize,
             device=str(topology.device),
             owns_shared=topology.is_coordinator or isinstance(self.sync, Local),
         )
 
     def _build_engine(
-        self, sizes: ViTConfig, index: int, seed: int | None
+        self, index: int, seed: int | None
     ) -> tuple[Block, Engine, dict[str, torch.Size]]:
         """A block, the engine of its replicas, and the shapes of its whole parameters. seed: None
         leaves the weights empty."""
@@ -200,7 +203,7 @@ class RankState:
         kind = config.parallel.replica_engine
         is_split = kind == "fsdp"  # from the start: the block is never whole on any rank
         place, own_seed = (torch.device("meta"), None) if is_split else (topology.device, seed)
-        module = build.build_block(config, sizes, index, own_seed, place)
+        module = self.setup.block(index, own_seed, place)
         shapes = {name: p.shape for name, p in module.named_parameters()}
         engine: Engine
         if kind == "fsdp":
@@ -208,7 +211,7 @@ class RankState:
 
             engine = Fsdp(module, topology, self._adamw)
             if seed is not None:
-                engine.set_weights(initial_weights(module, sizes.init, seed))
+                engine.set_weights(self.setup.model.weights(module, seed))
         elif kind == "deepspeed":
             from dbdist.parallel.engines import zero
             from dbdist.parallel.engines.zero_settings import settings

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dbdist.config.config import Config
-from dbdist.data import BatchStream
+from dbdist.data.loader import BatchStream
 from dbdist.monitor.histogram import LevelHistogram
 from dbdist.monitor.monitor import Monitor
 from dbdist.monitor.ownership import peak_memory_mb

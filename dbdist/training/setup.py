@@ -7,14 +7,13 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from dbdist import build
-from dbdist.build import describe_model
+from dbdist.build import Setup, build_setup
 from dbdist.checkpoint.choose import choose, set_aside
 from dbdist.checkpoint.manifest import Checkpoint, find_checkpoint, newest_steps
 from dbdist.checkpoint.names import SHARED, block_file, step_folders, step_of
 from dbdist.checkpoint.parts import alone_in
 from dbdist.config.config import Config
-from dbdist.data import dataset_spec, load_dataset, prepare
+from dbdist.data.sources import dataset_spec, load_dataset, prepare
 from dbdist.errors import CheckpointError, ConfigError
 from dbdist.monitor.monitor import Monitor
 from dbdist.monitor.ownership import peak_memory_mb
@@ -53,11 +52,11 @@ def _train(config: Config, topology: Topology, held: ExitStack) -> Evaluation | 
         check_run_dir(config)
     with topology.agree("reading the dataset's folder"):
         spec = dataset_spec(config.data)
-        model = describe_model(config, spec)
+        setup = build_setup(config, spec)  # raises before anything is written
     choice = choose(
         run_dir,
         topology,
-        model,
+        setup.describe(),
         partial(needed_files, config, topology),
         fallback=config.checkpoint.fallback,
         is_training=True,
@@ -72,8 +71,6 @@ def _train(config: Config, topology: Topology, held: ExitStack) -> Evaluation | 
     with topology.agree("comparing the data"):
         data = {"the training set": train_set.digest(), "the test set": test_set.digest()}
         topology.check_agreement(data)
-    with topology.agree():
-        build.architecture(config, spec)  # raises before anything is written
     with topology.agree("taking the run directory"):
         blocks = own_blocks(config, topology) if topology.replica == 0 else []
         held.enter_context(sole_trainer(run_dir, blocks, config.parallel.timeout_s / 2))
@@ -83,14 +80,14 @@ def _train(config: Config, topology: Topology, held: ExitStack) -> Evaluation | 
             claim(config, len(train_set), checkpoint and checkpoint.step)
             set_aside(choice.damaged if choice else (), config.trained_blocks)
     with topology.agree("building the model"):
-        trainer = Trainer(config, topology, train_set, test_set, checkpoint)
+        trainer = Trainer(setup, topology, train_set, test_set, checkpoint)
     with topology.agree("comparing the parameters"):
         topology.check_agreement(trainer.state.describe_parameters())
     rows = topology.gather(trainer.state.ownership())
     monitor = None
     with topology.agree():
         if topology.is_coordinator:
-            monitor = open_monitor(config, topology, trainer)
+            monitor = open_monitor(setup, topology, trainer)
     if monitor is not None:
         monitor.ownership(rows)  # type: ignore[arg-type]
         if checkpoint is not None:
@@ -114,10 +111,8 @@ def _train(config: Config, topology: Topology, held: ExitStack) -> Evaluation | 
             monitor.summary_of_blocks(steps, complete and complete.step, elapsed_s, peak_mb)  # type: ignore[arg-type]
         elif monitor is not None and evaluation is not None:
             write_evaluation(run_dir, evaluation)
-            figures = {
-                "accuracy": evaluation.accuracy,
-                "accuracy_after_block": evaluation.accuracy_after_block,
-            }
+            main = [evaluation.main.name, f"{evaluation.main.name}_after_block"]
+            figures = {k: v for k, v in evaluation.figures.items() if k in main}
             monitor.summary(figures, elapsed_s, peak_mb)  # type: ignore[arg-type]
     finally:
         if monitor is not None:
@@ -135,8 +130,9 @@ def needed_files(config: Config, topology: Topology, checkpoint: Checkpoint) -> 
     return files
 
 
-def open_monitor(config: Config, topology: Topology, trainer: Trainer) -> Monitor:
+def open_monitor(setup: Setup, topology: Topology, trainer: Trainer) -> Monitor:
     """Raises ConfigError where its files cannot be written."""
+    config = setup.config
     try:
         return Monitor(
             Path(config.run_dir),

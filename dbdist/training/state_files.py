@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dbdist.build import describe_model
 from dbdist.checkpoint.manifest import Checkpoint
 from dbdist.checkpoint.names import (
     PREFIX,
@@ -91,7 +90,7 @@ def restore(state: RankState, checkpoint: Checkpoint) -> None:
     CheckpointError."""
     topology, indices = state.topology, [owned.index for owned in state.blocks]
     with topology.agree("reading the checkpoint"):
-        checkpoint.check_fits(describe_model(state.config, state.spec))
+        checkpoint.check_fits(state.setup.describe())
         has_common = checkpoint.has(SHARED)
         needed = files_to_restore(state.config, topology, indices, has_common=has_common)
         read: dict[str, dict[str, Tensor]] = {}

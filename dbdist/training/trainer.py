@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from dbdist import seeds
-from dbdist.build import describe_model
+from dbdist.build import Setup
 from dbdist.checkpoint.manifest import Checkpoint
 from dbdist.checkpoint.names import PREFIX
 from dbdist.checkpoint.writer import CheckpointWriter
-from dbdist.config.config import Config
-from dbdist.data import BatchStream, ImageDataset
+from dbdist.data.base import Dataset
+from dbdist.data.loader import BatchStream
 from dbdist.errors import CheckpointError, Fault
 from dbdist.monitor.histogram import LevelHistogram
 from dbdist.monitor.levels import levels_of
@@ -33,7 +33,7 @@ from dbdist.monitor.monitor import Monitor
 from dbdist.parallel.health.stopping import GONE, Stop
 from dbdist.parallel.topology import Topology
 from dbdist.sampling.evaluation import Evaluation, check_test_set, evaluate
-from dbdist.tasks.classification import Draws, Loss, sample_draws
+from dbdist.tasks.base import Draws, Loss, draws_of_step, to_device
 from dbdist.training.numerics import BadStep, norms_of
 from dbdist.training.rank_state import OwnedBlock, RankState, own_blocks
 from dbdist.training.records import Records, StepResult, Trainee
@@ -49,25 +49,25 @@ class Trainer:
 
     def __init__(
         self,
-        config: Config,
+        setup: Setup,
         topology: Topology,
-        train_set: ImageDataset,
-        test_set: ImageDataset,
+        train_set: Dataset,
+        test_set: Dataset,
         checkpoint: Checkpoint | None = None,
         blocks: list[int] | None = None,
     ) -> None:
         """checkpoint: where to continue. blocks: to train; None: those of the mode and the
         topology. Raises ConfigError, CheckpointError or TopologyError."""
-        self.config, self.topology = config, topology
+        config = setup.config
+        self.setup, self.config, self.topology = setup, config, topology
         self.train_set, self.test_set = train_set, test_set
         check_test_set(config, test_set)
-        self.schedule = None if config.mode == "end_to_end" else config.noise_schedule()
-        self.levels = levels_of(self.schedule)
+        self.levels = levels_of(setup.process.partition)
         self.max_steps = config.max_steps(len(train_set))
         self.start_step = checkpoint.step if checkpoint else 0
         blocks = own_blocks(config, topology) if blocks is None else blocks
         is_empty = checkpoint is not None
-        self.state = RankState(config, topology, train_set.spec, blocks, is_empty=is_empty)
+        self.state = RankState(config, topology, setup, blocks, is_empty=is_empty)
         if checkpoint is not None:
             with topology.agree("reading the checkpoint"):
                 restore(self.state, checkpoint)
@@ -142,7 +142,7 @@ class Trainer:
         with ema.swapped() if ema else nullcontext():
             self.state.set_training(False)
             evaluation = evaluate(
-                self.config, self.topology, self.test_set, models.__getitem__, step
+                self.setup, self.topology, self.test_set, models.__getitem__, step
             )
             self.state.set_training(True)
         return evaluation
@@ -161,25 +161,26 @@ class Trainer:
         start = time.perf_counter()
         owned, state, parts = trainee.owned, self.state, self.config.train.accumulation_steps
         with self._phase("load"):
-            images, labels_N = self._next_batch(trainee)
+            batch = self._next_batch(trainee)
         with self._phase("noise"):
             draws = self._draws(trainee)
             self._seed_dropout(trainee)
         state.zero_gradients(owned)
-        size = len(labels_N) // parts
+        num_samples = len(next(iter(batch.values())))
+        size = num_samples // parts
         done = StepResult(torch.zeros((), dtype=torch.float64, device=self.topology.device), [], [])
-        for first in range(0, len(labels_N), size):
-            rows = slice(first, first + size)
-            part = draws and draws.part(first, first + size)
-            with owned.engine.accumulate(is_last=first + size == len(labels_N)):
+        for first in range(0, num_samples, size):
+            last = first + size
+            rows = {name: value[first:last] for name, value in batch.items()}
+            drawn = draws.rows(first, last)
+            with owned.engine.accumulate(is_last=last == num_samples):
                 with self._phase("forward"), self._autocast():
-                    inputs = (images[rows], labels_N[rows], *((part,) if part else ()))
-                    loss: Loss = owned.objective(*inputs)
+                    loss: Loss = owned.objective(rows, drawn)
                 with self._phase("backward"):
                     owned.engine.backward(loss.value / parts)
             done.loss += loss.value.detach() / parts
-            done.per_sample.append({"cross_entropy": loss.cross_entropy_N})
-            done.level_N += [part.sigma_N] if part else []
+            done.per_sample.append(loss.per_sample)
+            done.level_N += [] if drawn.level_N is None else [drawn.level_N]
         with self._phase("optimizer"):
             norm, scale = state.clip_gradients(owned, done.loss)
             loss_value, norm_value = torch.stack([done.loss, norm.to(done.loss)]).tolist()
@@ -228,7 +229,7 @@ class Trainer:
             loss=loss,
             grad_norm=grad_norm,
             indices=trainee.batches.indices_of_step(trainee.steps_done),
-            cross_entropy_N=done.values()["cross_entropy"],
+            cross_entropy_N=next(iter(done.values().values())),
             sigma_N=torch.cat(done.level_N) if done.level_N else None,
             grad_norms=norms_of(gradients) | norms_of({PREFIX + n: g for n, g in shared.items()}),
             lr=owned.engine.optimizer.param_groups[0]["lr"],
@@ -260,36 +261,29 @@ class Trainer:
         if self.state.ema:
             self.state.ema.update()
 
-    def _next_batch(self, trainee: Trainee) -> tuple[Tensor, Tensor]:
-        batch = next(trainee.batches)
-        images, labels_N = batch["image"], batch["label"]
-        device, dtype = self.topology.device, self.state.shared.positions.dtype
-        return images.to(device, dtype, non_blocking=True), labels_N.to(device, non_blocking=True)
+    def _next_batch(self, trainee: Trainee) -> dict[str, Tensor]:
+        return to_device(next(trainee.batches), self.topology.device, self.state.dtype)
 
-    def _draws(self, trainee: Trainee) -> Draws | None:
-        """This replica's part of what the block's step draws; None without noise."""
-        if self.schedule is None:
-            return None
+    def _draws(self, trainee: Trainee) -> Draws:
+        """This replica's rows of what the block's step draws."""
         num_samples = self.config.train.batch_size
-        draws = sample_draws(
-            self.config.task,
-            self.schedule,
+        draws = draws_of_step(
+            self.setup.task,
+            self.setup.process,
+            condition_dropout=self.config.task.condition_dropout,
             seed=self.config.seed,
             block=trainee.owned.index,
             step=trainee.steps_done,
             num_samples=num_samples,
-            hidden_size=self.config.model.hidden_size,
         )
         size = num_samples // self.topology.layout.num_replicas
         first = self.topology.replica * size
-        return draws.part(first, first + size).to(self.topology.device)
+        return draws.rows(first, first + size).to(self.topology.device)
 
     def _seed_dropout(self, trainee: Trainee) -> None:
-        """Makes the step's dropout a function of its name alone."""
-        m = self.config.model
-        if m.dropout > 0 or m.attention_dropout > 0:
-            place = trainee.owned.index, self.topology.replica, trainee.steps_done
-            torch.manual_seed(seeds.at(self.config.seed, "dropout", *place))
+        """Makes what the step's modules draw, such as dropout, a function of its name alone."""
+        place = trainee.owned.index, self.topology.replica, trainee.steps_done
+        torch.manual_seed(seeds.at(self.config.seed, "dropout", *place))
 
     def _set_lr(self, progress: float) -> None:
         self.state.set_lr(progress, self.max_steps)
@@ -405,8 +399,12 @@ class Trainer:
         return {
             "samples_seen": step * self.config.train.batch_size * self.config.num_blocks,
             "seed": self.config.seed,
-            "data": {"name": spec.name, "class_names": spec.class_names},
-            "model": describe_model(self.config, spec),
+            "data": {
+                "name": spec.name,
+                "class_names": getattr(spec, "class_names", None),
+                "spec": spec.identity(),
+            },
+            "model": self.setup.describe(),
             "config": asdict(self.config),
         }
 

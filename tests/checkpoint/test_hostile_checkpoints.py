@@ -11,17 +11,14 @@ import torch
 from hostile import changed_bytes, changed_json, changed_safetensors, few
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import config_of
+from ranks import config_of, setup_of
 
 import dbdist
-from dbdist import build
-from dbdist.build import describe_model
 from dbdist.checkpoint.choose import choose
 from dbdist.checkpoint.manifest import find_checkpoint
 from dbdist.checkpoint.weights import load_weights
 from dbdist.checkpoint.writer import CheckpointWriter
 from dbdist.commands.export import export
-from dbdist.data import dataset_spec
 from dbdist.errors import CheckpointError, ConfigError
 from dbdist.inference.load_models import load_block
 from dbdist.inference.published import load_published_vit
@@ -39,7 +36,7 @@ ALONE, BLOCKS = Topology(Layout(1)), [0, 1, 2]
 def state_of(config, seed=0):
     """A rank's state, with something in its optimizers."""
     config = dataclasses.replace(config, seed=seed)
-    state = RankState(config, ALONE, dataset_spec(config.data), BLOCKS)
+    state = RankState(config, ALONE, setup_of(config), BLOCKS)
     for parameter in [p for owned in state.blocks for p in owned.module.parameters()]:
         parameter.grad = torch.full_like(parameter, 0.1 * (seed + 1))
     for parameter in state.shared.parameters():
@@ -60,9 +57,7 @@ def run(tmp_path_factory):
     claim(config, 100, None)
     state = state_of(config, seed=7)
     writer = CheckpointWriter(folder, ALONE, {0}, keep_last=9)
-    writer.save(
-        1, files_of(state), {"model": describe_model(config, state.spec), "samples_seen": 1}
-    )
+    writer.save(1, files_of(state), {"model": setup_of(config).describe(), "samples_seen": 1})
     writer.finish(10.0)
     return folder, config
 
@@ -100,7 +95,7 @@ def assert_one_sentence(error, about=""):
 
 def use(config, folder):
     """All that a run which continues asks of its checkpoints."""
-    model = describe_model(config, dataset_spec(config.data))
+    model = setup_of(config).describe()
     needed = files_to_restore(config, ALONE, BLOCKS)
     choice = choose(folder, ALONE, model, lambda _: needed, fallback=True, is_training=True)
     if choice is not None:
@@ -168,17 +163,16 @@ def held(run):
 @few
 @given(data=st.data())
 def test_changed_weights_are_restored_or_refused_before_anything_changes(run, held, file, data):
-    folder, config = run
+    folder, _ = run
     state, before = held
     path = folder / "checkpoints/step-00000001"
     original, manifest = (path / file).read_bytes(), (path / "manifest.json").read_bytes()
     (path / file).write_bytes(data.draw(changed_safetensors(original)))
     restamp(path, manifest, file)
-    sizes = build.architecture(config, state.spec)
     checkpoint = find_checkpoint(folder)
     try:
         try:
-            load_block(config, sizes, checkpoint, 1, ALONE.device)
+            load_block(state.setup, checkpoint, 1, ALONE.device)
         except CheckpointError as error:
             assert_one_sentence(error)
         try:
@@ -234,10 +228,10 @@ def test_a_changed_description_of_a_model_is_used_or_refused(exported, data):
     [
         ("sampler", "num_steps", 10**9),
         ("sampler", "num_draws", 10**9),
-        ("noise", "num_blocks", 10**9),
+        ("model", "num_blocks", 10**9),
         ("model", "hidden_size", 12 * 10**9),
         ("model", "mlp_size", 10**12),
-        ("model", "num_classes", 10**12),
+        ("data", "num_classes", 10**12),
         ("data", "image_size", 8 * 10**6),
         ("layers_per_block", 0, 10**9),
     ],

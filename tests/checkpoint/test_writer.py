@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from machine import wait_for_text
-from ranks import config_of
+from ranks import config_of, setup_of
 
 from dbdist.bench.save import measure
 from dbdist.checkpoint.manifest import complete_folders, find_checkpoint
 from dbdist.checkpoint.writer import CheckpointWriter
 from dbdist.config.parse import parse_config
-from dbdist.data import dataset_spec, load_dataset
 from dbdist.data.images import random_images
+from dbdist.data.sources import dataset_spec, load_dataset
 from dbdist.errors import CheckpointError
 from dbdist.parallel.layout import Layout
 from dbdist.parallel.mailbox import Mailbox
@@ -455,7 +455,7 @@ assert time.monotonic() - start < 5
 def test_training_that_fails_after_a_save_completes_that_checkpoint(tmp_path, monkeypatch, error):
     config = config_of("mode=sequential", f"run_dir={tmp_path}")
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
-    trainer = Trainer(config, Topology(Layout(1)), *data)
+    trainer = Trainer(setup_of(config), Topology(Layout(1)), *data)
 
     def fail(step):
         raise error

@@ -7,15 +7,13 @@ import re
 
 import pytest
 import torch
-from ranks import config_of
+from ranks import config_of, setup_of
 
-from dbdist.build import describe_model
 from dbdist.checkpoint.manifest import find_checkpoint
 from dbdist.checkpoint.names import part_file
 from dbdist.checkpoint.writer import CheckpointWriter
 from dbdist.commands import merge
 from dbdist.config.yaml_files import write_yaml
-from dbdist.data import dataset_spec
 from dbdist.errors import UserError
 from dbdist.parallel.layout import Layout
 from dbdist.parallel.topology import Topology
@@ -29,7 +27,7 @@ def make_run(path, blocks, *options, steps=(4,), class_names=("a", "b")):
         "samples_seen": 5,
         "seed": config.seed,
         "data": {"name": config.data.name, "class_names": class_names},
-        "model": describe_model(config, dataset_spec(config.data)),
+        "model": setup_of(config).describe(),
         "config": dataclasses.asdict(config),
     }
     for block in blocks:

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import setup_of
 
-from dbdist import build
 from dbdist.cli import main
 from dbdist.commands.plan import Cluster, Plan, place, run
 from dbdist.config.parse import parse_config
-from dbdist.data import dataset_spec
 from dbdist.errors import ConfigError, TopologyError
 
 ROOT = Path(__file__).parents[2]
@@ -226,8 +225,8 @@ def expected_bytes(values):
 
 def test_one_ranks_state_is_what_one_step_of_adamw_allocates():
     plan, config = plan_of(1, 1, "model.num_blocks=1"), digits("model.num_blocks=1")
-    sizes, cpu = build.architecture(config, dataset_spec(config.data)), torch.device("cpu")
-    modules = build.build_shared(config, sizes, 0, cpu), build.build_block(config, sizes, 0, 0, cpu)
+    setup, cpu = setup_of(config), torch.device("cpu")
+    modules = setup.shared(0, cpu), setup.block(0, 0, cpu)
     parameters = [p for module in modules for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters)
     for parameter in parameters:

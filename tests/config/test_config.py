@@ -3,17 +3,21 @@
 import ast
 import dataclasses
 import inspect
+import sys
 
 import pytest
 
-from dbdist.config import config, options
+from dbdist.build import build_process
+from dbdist.config import config, options, registry
 from dbdist.config.config import Config
-from dbdist.config.options import ModelConfig, SamplerConfig, TrainConfig
+from dbdist.config.options import TrainConfig
 from dbdist.errors import ConfigError
+from dbdist.models.options import ViTOptions
+from dbdist.tasks.options import ClassificationSamplerOptions
 
 NAN, INF = float("nan"), float("inf")
 VALID = Config(
-    model=ModelConfig(num_layers=3, hidden_size=12, num_heads=2),
+    model=ViTOptions(num_layers=3, hidden_size=12, num_heads=2),
     train=TrainConfig(batch_size=8, max_steps=4),
 )
 
@@ -180,7 +184,7 @@ def test_the_defaults_lack_nothing_but_how_long_to_train():
     ],
 )
 def test_layers_of_blocks_are_contiguous_and_complete(model, mode, expected):
-    config = Config(mode=mode, model=ModelConfig(**model))
+    config = Config(mode=mode, model=ViTOptions(**model))
     assert [list(layers) for layers in config.layers_of_block] == expected
     assert config.num_blocks == len(expected)
 
@@ -195,8 +199,8 @@ def test_layers_of_blocks_are_contiguous_and_complete(model, mode, expected):
     ],
 )
 def test_readout_blocks(readout, mode, expected):
-    config = Config(mode=mode, sampler=SamplerConfig(readout=readout))
-    assert config.readout_blocks == expected
+    config = Config(mode=mode, sampler=ClassificationSamplerOptions(readout=readout))
+    assert config.sampler.readout_blocks(config.num_blocks) == expected
 
 
 @pytest.mark.parametrize(
@@ -215,10 +219,10 @@ def test_max_steps_win_over_epochs_of_each_block(train, expected):
 
 def test_sizes_that_are_null_follow_from_others():
     config = changed({"model.hidden_size": 24, "model.num_blocks": 3})
-    assert config.mlp_size == 96
+    assert config.model.mlp_width == 96
     assert config.sampler_steps == 6
     config = changed({"model.mlp_size": 5, "sampler.num_steps": 9})
-    assert (config.mlp_size, config.sampler_steps) == (5, 9)
+    assert (config.model.mlp_width, config.sampler_steps) == (5, 9)
 
 
 def test_the_noise_schedule_is_the_configured_one():
@@ -231,8 +235,8 @@ def test_the_noise_schedule_is_the_configured_one():
         "overlap": 0.2,
         "partition": "uniform",
     }
-    schedule = changed({f"noise.{key}": value for key, value in values.items()}).noise_schedule()
-    assert dataclasses.asdict(schedule) == {"num_blocks": 3, **values}
+    config = changed({f"noise.{key}": value for key, value in values.items()})
+    assert dataclasses.asdict(build_process(config).partition) == {"num_blocks": 3, **values}
 
 
 def test_a_configuration_is_immutable():
@@ -240,9 +244,15 @@ def test_a_configuration_is_immutable():
         Config().seed = 1  # type: ignore[misc]
 
 
+def every_plugin():
+    return [plugin for plugins in registry.SECTIONS.values() for plugin in plugins.values()]
+
+
 def documented_fields():
     """(class.field, whether it is a section, the string under it) of every configuration class."""
-    for node in ast.parse(inspect.getsource(options) + inspect.getsource(config)).body:
+    modules = {sys.modules[p.options_class.__module__] for p in every_plugin()}
+    sources = [inspect.getsource(module) for module in (options, config, *modules)]
+    for node in (node for source in sources for node in ast.parse(source).body):
         if not isinstance(node, ast.ClassDef):
             continue
         assert ast.get_docstring(node), f"{node.name} has no docstring"
@@ -250,13 +260,18 @@ def documented_fields():
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 is_doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 text = str(after.value.value) if is_doc else ""
-                is_section = ast.unparse(field.annotation).endswith("Config")
-                yield f"{node.name}.{field.target.id}", is_section, text
+                kind = ast.unparse(field.annotation)
+                if not kind.startswith("ClassVar"):
+                    is_section = kind.endswith(("Config", "Options"))
+                    yield f"{node.name}.{field.target.id}", is_section, text
 
 
 def test_every_option_has_a_line_that_explains_it():
     found = list(documented_fields())
-    assert len(found) > 60
+    assert len(found) > 90
+    assert {"ViTOptions.init", "GaussianOptions.p_std", "ImageOptions.image_size"} <= {
+        name for name, *_ in found
+    }
     bare = [name for name, is_section, text in found if not is_section and len(text.split()) < 2]
     assert not bare
 

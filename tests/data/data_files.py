@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from dbdist.config.options import DataConfig
-from dbdist.data import Batch, Key, load_dataset
+from dbdist.data.base import Batch, Key
+from dbdist.data.options import ImageOptions
+from dbdist.data.sources import load_dataset
 from dbdist.errors import DataError
 
 CIFAR: dict[str, Any] = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
@@ -52,7 +53,7 @@ def write_image(path: Path, width: int = 64, height: int = 64, shade: int = 128)
     Image.new("RGB", (width, height), (shade, shade, shade)).save(path)
 
 
-def write_folder(root: Path, *classes: str, n: int = 2) -> DataConfig:
+def write_folder(root: Path, *classes: str, n: int = 2) -> ImageOptions:
     """ROOT/train and ROOT/val with n images of each class."""
     for split in ("train", "val"):
         for shade, name in enumerate(classes):
@@ -61,11 +62,11 @@ def write_folder(root: Path, *classes: str, n: int = 2) -> DataConfig:
     return config("image_folder", root, image_size=8)
 
 
-def config(name: Any, root: Path, **values: Any) -> DataConfig:
-    return DataConfig(name=name, root=str(root), **values)
+def config(name: Any, root: Path, **values: Any) -> ImageOptions:
+    return ImageOptions(name=name, root=str(root), **values)
 
 
-def refusal(data: DataConfig, split: Literal["train", "test"] = "train") -> str:
+def refusal(data: ImageOptions, split: Literal["train", "test"] = "train") -> str:
     with pytest.raises(DataError) as caught:
         load_dataset(data, split)
     assert_one_sentence(caught.value)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from data_files import CIFAR, config, published_cifar, refusal, write_cifar
 
-from dbdist.data import load_dataset, prepare
+from dbdist.data.sources import load_dataset, prepare
 
 
 class MarksFile:

@@ -14,8 +14,8 @@ import pytest
 from data_files import config, refusal, write_cifar
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from dbdist.data import prepare
 from dbdist.data.files import ARCHIVES, Archive
+from dbdist.data.sources import prepare
 from dbdist.errors import DataError
 
 

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.datasets import ImageFolder
 
-from dbdist.data import ImageFiles, dataset_spec, describe_found, load_dataset, prepare
+from dbdist.data.found import describe_found
+from dbdist.data.images import ImageFiles
+from dbdist.data.sources import dataset_spec, load_dataset, prepare
 from dbdist.errors import DataError
 
 

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from dbdist.config.options import AugmentConfig, DataConfig
-from dbdist.data import ImagesInMemory, dataset_spec, load_dataset, normalize
 from dbdist.data import images as module
+from dbdist.data.images import ImagesInMemory, normalize
+from dbdist.data.options import AugmentOptions, ImageOptions
+from dbdist.data.sources import dataset_spec, load_dataset
 
-AUGMENT = AugmentConfig(crop_padding=2, flip=True, randaugment_ops=2)
+AUGMENT = AugmentOptions(crop_padding=2, flip=True, randaugment_ops=2)
 
 
 def random_images(size: int = 32, n: int = 10, channels: int = 3) -> torch.Tensor:
@@ -17,15 +18,15 @@ def random_images(size: int = 32, n: int = 10, channels: int = 3) -> torch.Tenso
     return torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=generator)
 
 
-def cifar_like(augment: AugmentConfig | None = None, **values: Any) -> ImagesInMemory:
-    spec = dataset_spec(DataConfig(name="cifar10", **values))
+def cifar_like(augment: AugmentOptions | None = None, **values: Any) -> ImagesInMemory:
+    spec = dataset_spec(ImageOptions(name="cifar10", **values))
     return ImagesInMemory(spec, random_images(), list(range(10)), augment)
 
 
 def test_specs_of_known_sets_need_no_files() -> None:
     classes = {"digits": 10, "mnist5k": 10, "cifar10": 10, "cifar100": 100, "tiny-imagenet": 200}
     for name, num_classes in classes.items():
-        config: Any = DataConfig(name=name, root="/nowhere")  # type: ignore[arg-type]
+        config: Any = ImageOptions(name=name, root="/nowhere")  # type: ignore[arg-type]
         spec = dataset_spec(config)
         assert spec.num_classes == num_classes
         assert len(spec.mean) == len(spec.std) == spec.channels
@@ -35,7 +36,7 @@ def test_specs_of_known_sets_need_no_files() -> None:
 
 
 def test_image_size_resizes() -> None:
-    dataset = load_dataset(DataConfig(name="digits", image_size=16), "test")
+    dataset = load_dataset(ImageOptions(name="digits", image_size=16), "test")
     assert dataset.spec.image_size == 16
     assert dataset[0]["image"].shape == (1, 16, 16)
     assert cifar_like(image_size=24)[0]["image"].shape == (3, 24, 24)
@@ -55,11 +56,11 @@ def test_batches_normalised_ahead_equal_those_normalised_late(
 
 @pytest.mark.parametrize("name", ["digits", "mnist5k"])
 def test_gray_images_can_be_augmented(name: Any) -> None:
-    train = load_dataset(DataConfig(name=name, augment=AUGMENT), "train")
+    train = load_dataset(ImageOptions(name=name, augment=AUGMENT), "train")
     images = train.__getitems__([(i, i) for i in range(50)])["image"]
     assert images.shape[1:] == (1, train.spec.image_size, train.spec.image_size)
     assert images.isfinite().all()
-    assert not load_dataset(DataConfig(name=name, augment=AUGMENT), "test").augments
+    assert not load_dataset(ImageOptions(name=name, augment=AUGMENT), "test").augments
 
 
 def test_augmented_image_depends_on_its_seed_alone() -> None:
@@ -80,7 +81,7 @@ def test_augmentation_leaves_the_global_generator_alone() -> None:
 
 
 def test_augmentation_without_any_change_is_none() -> None:
-    assert not cifar_like(AugmentConfig()).augments
+    assert not cifar_like(AugmentOptions()).augments
 
 
 def test_normalize_takes_what_the_dataset_gives() -> None:
@@ -89,7 +90,7 @@ def test_normalize_takes_what_the_dataset_gives() -> None:
     expected = dataset.__getitems__(list(range(10)))["image"]
     assert torch.equal(normalize(pixels, dataset.spec), expected)
     torch.testing.assert_close(normalize(pixels.double() / 255, dataset.spec), expected)
-    gray = dataset_spec(DataConfig(name="digits"))
+    gray = dataset_spec(ImageOptions(name="digits"))
     assert normalize(torch.rand(5, 8, 8), gray).shape == (5, 1, 8, 8)
     assert normalize(torch.rand(0, 1, 8, 8), gray).shape == (0, 1, 8, 8)
 
@@ -107,11 +108,11 @@ def test_normalize_takes_what_the_dataset_gives() -> None:
 )
 def test_normalize_refuses_other_images(images: torch.Tensor, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
-        normalize(images, dataset_spec(DataConfig(name="cifar10")))
+        normalize(images, dataset_spec(ImageOptions(name="cifar10")))
 
 
 def test_random_images_take_the_form_of_a_set_and_are_the_same_each_time() -> None:
-    spec = dataset_spec(DataConfig(name="cifar100"))
+    spec = dataset_spec(ImageOptions(name="cifar100"))
     one, other = (module.random_images(spec, 20, AUGMENT) for _ in range(2))
     assert len(one) == 20
     assert one.augments

@@ -7,24 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from dbdist.config.options import AugmentConfig, DataConfig
-from dbdist.data import (
-    BatchStream,
-    Dataset,
-    ImagesInMemory,
-    dataset_spec,
-    num_test_samples,
-    test_batches,
-)
+from dbdist.data.base import Dataset
+from dbdist.data.images import ImagesInMemory
+from dbdist.data.loader import BatchStream, num_test_samples, test_batches
+from dbdist.data.options import AugmentOptions, ImageOptions
+from dbdist.data.sources import dataset_spec
 
-AUGMENT = AugmentConfig(crop_padding=2, flip=True, randaugment_ops=1)
+AUGMENT = AugmentOptions(crop_padding=2, flip=True, randaugment_ops=1)
 
 
-def numbered(n: int = 10, augment: AugmentConfig | None = None) -> ImagesInMemory:
+def numbered(n: int = 10, augment: AugmentOptions | None = None) -> ImagesInMemory:
     """Random images whose labels are their indices."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator)
-    return ImagesInMemory(dataset_spec(DataConfig()), images, list(range(n)), augment)
+    return ImagesInMemory(dataset_spec(ImageOptions()), images, list(range(n)), augment)
 
 
 def stream(dataset: Dataset, batch_size: int = 4, block: int = 0, **values: Any) -> BatchStream:

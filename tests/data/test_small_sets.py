@@ -12,16 +12,16 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from dbdist.config.options import DataConfig
-from dbdist.data import load_dataset
 from dbdist.data import small_sets as module
+from dbdist.data.options import ImageOptions
 from dbdist.data.small_sets import TABLES, read_table, stratified_split
+from dbdist.data.sources import load_dataset
 from dbdist.errors import DataError
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("digits", (1437, 360)), ("mnist5k", (4000, 1000))])
 def test_small_sets_split_evenly_and_always_alike(name: Any, sizes: tuple[int, int]) -> None:
-    config = DataConfig(name=name)
+    config = ImageOptions(name=name)
     train, test = load_dataset(config, "train"), load_dataset(config, "test")
     assert (len(train), len(test)) == sizes
     shares = [torch.bincount(d.labels, minlength=10) / len(d) for d in (train, test)]
@@ -67,7 +67,7 @@ def test_a_missing_package_is_answered_with_what_to_install(
 ) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(DataError) as caught:
-        load_dataset(DataConfig(name="mnist5k"), "train")
+        load_dataset(ImageOptions(name="mnist5k"), "train")
     assert "pip install 'dbdist[mnist5k]'" in str(caught.value)
     assert "uv sync --extra mnist5k" in str(caught.value)
 

@@ -13,8 +13,10 @@ import pytest
 import torch
 from data_files import Points, config, write_folder
 
-from dbdist.data import Batch, BatchStream, Key, load_dataset, test_batches
 from dbdist.data import workers as module
+from dbdist.data.base import Batch, Key
+from dbdist.data.loader import BatchStream, test_batches
+from dbdist.data.sources import load_dataset
 from dbdist.data.workers import load_batches
 from dbdist.errors import DataError
 

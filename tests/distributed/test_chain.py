@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from ranks import config_of
+from ranks import config_of, setup_of
 
-from dbdist import build
-from dbdist.data import load_dataset
-from dbdist.models.denoiser import Denoiser
+from dbdist.build import build_setup
+from dbdist.data.sources import load_dataset
 from dbdist.parallel.layout import Layout
 from dbdist.parallel.topology import Topology
 from dbdist.sampling.evaluation import chain_answers, evaluate, process_answers
-from dbdist.sampling.sampler import build_sampler
+from dbdist.sampling.sampler import Rows, build_sampler
 
 SAMPLES = 50  # not a multiple of the batch or of the micro-batch: the last ones are partial
 
@@ -27,16 +26,13 @@ test_set.__test__ = False
 
 def build_denoiser(config, spec, block):
     """A block whose weights are all random, so that nothing is zero by initialisation."""
-    sizes, cpu = build.architecture(config, spec), torch.device("cpu")
-    shared = build.build_shared(config, sizes, 0, cpu)
-    module = build.build_block(config, sizes, block, 0, cpu)
+    setup, cpu = build_setup(config, spec), torch.device("cpu")
+    shared, module = setup.shared(0, cpu), setup.block(block, 0, cpu)
     for part, seed in ((shared, 100), (module, block)):
         generator = torch.Generator().manual_seed(seed)
         for parameter in part.parameters():
             parameter.data.normal_(0, 0.3, generator=generator)
-    model = build.join(config, shared, module)
-    assert isinstance(model, Denoiser)
-    return model.eval()
+    return setup.denoiser(shared, module).eval()
 
 
 @torch.no_grad()
@@ -51,11 +47,11 @@ def answers_of_rank(rank, layout, cases):
             results.append(None)
             continue
         denoiser = build_denoiser(config, data.spec, topology.block)
-        answers = chain_answers(config, topology, data, denoiser)
+        answers = chain_answers(setup_of(config), topology, data, denoiser)
         results.append(
             (
-                torch.cat([a.answer_NK for a in answers]),
-                torch.cat([a.labels_N for a in answers]),
+                torch.cat([a.answer for a in answers]),
+                torch.cat([a.batch["label"] for a in answers]),
             )
         )
     return results
@@ -66,20 +62,21 @@ def whole_sampler(config):
     """Every block in turn on all images at once, written out; answers after each block and the
     last."""
     data = test_set(config)
-    sampler = build_sampler(config)
+    setup = setup_of(config)
+    sampler = build_sampler(setup)
     images, labels = data.__getitems__(list(range(SAMPLES))).values()
     size = config.eval.batch_size
     starts = range(0, SAMPLES, size)
-    width = config.model.hidden_size
+    counts = [min(size, SAMPLES - s) for s in starts]
     z = torch.cat(
         [
-            sampler.initial_state(min(size, SAMPLES - s), (width,), config.seed, i, torch.float64)
-            for i, s in enumerate(starts)
+            sampler.initial_state(setup.task, Rows(i, 0, n, n), torch.float64)
+            for i, n in enumerate(counts)
         ]
     )
-    draws, grid = config.sampler.num_draws, sampler.sigmas
+    draws, grid = config.sampler.num_draws, torch.tensor(sampler.steps.levels, dtype=torch.float64)
     images = images.double().repeat_interleave(draws, dim=0)
-    owners = config.noise_schedule().block_of_step(len(grid), config.sampler.sigma_start)
+    owners = setup.process.partition.steps(len(grid), config.sampler.sigma_start).owners
     answers = {}
     for step, block in enumerate(owners):
         denoiser = build_denoiser(config, data.spec, block)
@@ -96,7 +93,7 @@ def whole_sampler(config):
             z = denoised + grid[step + 1] / grid[step] * (z - denoised)
     so_far = {}
     for block in range(3):
-        read = [answers[b] for b in config.readout_blocks if b <= block]
+        read = [answers[b] for b in setup.task.readers if b <= block]
         so_far[block] = torch.stack(read or [answers[block]]).mean(0)
     return so_far, labels
 
@@ -143,8 +140,8 @@ def test_one_process_equals_the_sampler_with_one_block_resident(options, float64
 
     found = {b: [] for b in range(3)}
     with torch.no_grad():
-        for block, answers in process_answers(config, Topology(Layout(1)), data, load):
-            found[block].append(answers.answer_NK)
+        for block, answers in process_answers(setup_of(config), Topology(Layout(1)), data, load):
+            found[block].append(answers.answer)
     assert resident == [0, 1, 2]
     for block in range(3):
         torch.testing.assert_close(torch.cat(found[block]), after[block], rtol=0, atol=1e-10)
@@ -155,7 +152,9 @@ def scores_of_rank(rank, layout, options):
     topology = rank.join(layout)
     config = config_of(*options)
     data = test_set(config)
-    return evaluate(config, topology, data, lambda b: build_denoiser(config, data.spec, b), 7)
+    return evaluate(
+        setup_of(config), topology, data, lambda b: build_denoiser(config, data.spec, b), 7
+    )
 
 
 @pytest.mark.parametrize("layout", [Layout(3), Layout(3, 1, "dedicated"), Layout(2, 2)])
@@ -167,8 +166,8 @@ def test_accuracy_does_not_depend_on_the_topology_and_counts_the_last_partial_ba
     expected = scores_of_process(options)
     for evaluation in ranks.run(layout.world_size, scores_of_rank, layout, options):
         assert evaluation.num_samples == SAMPLES
-        assert evaluation.accuracy == expected.accuracy
-        assert evaluation.accuracy_after_block == expected.accuracy_after_block
+        assert evaluation.value == expected.value
+        assert evaluation.after_block == expected.after_block
         assert evaluation.world_size == layout.world_size
     dropped = scores_of_process([*options, "eval.drop_last=true"])
     assert dropped.num_samples == 48
@@ -178,5 +177,9 @@ def scores_of_process(options):
     config = config_of(*options)
     data = test_set(config)
     return evaluate(
-        config, Topology(Layout(1)), data, lambda b: build_denoiser(config, data.spec, b), 7
+        setup_of(config),
+        Topology(Layout(1)),
+        data,
+        lambda b: build_denoiser(config, data.spec, b),
+        7,
     )

@@ -8,14 +8,13 @@ import shutil
 import pytest
 import torch
 from machine import SMALL
+from ranks import setup_of
 from reading import lines_of
 
-from dbdist.build import describe_model
 from dbdist.checkpoint import manifest as checkpoint
 from dbdist.checkpoint.choose import choose, set_aside
 from dbdist.checkpoint.manifest import complete_folders, find_checkpoint
 from dbdist.commands.export import export
-from dbdist.data import dataset_spec
 from dbdist.errors import CheckpointError
 from dbdist.inference.of_run import evaluate_run
 from dbdist.parallel.layout import Layout
@@ -101,7 +100,7 @@ def chosen(folder, fallback, step=None):
     """What one process that reads everything chooses."""
     config = config_of(folder, "--mode", "sequential")
     needed = files_to_restore(config, ALONE, BLOCKS)
-    model = describe_model(config, dataset_spec(config.data))
+    model = setup_of(config).describe()
     return choose(
         folder, ALONE, model, lambda _: needed, fallback=fallback, step=step, is_training=True
     )
@@ -144,7 +143,7 @@ def test_the_newest_intact_checkpoint_is_taken_and_what_is_damaged_set_aside(cop
 def test_no_weight_changes_before_all_is_checked(copy, damage):
     folder, path = copy
     config = config_of(folder, "--mode", "sequential")
-    state = RankState(config, ALONE, dataset_spec(config.data), BLOCKS)
+    state = RankState(config, ALONE, setup_of(config), BLOCKS)
     before = {name: tensor.clone() for name, tensor in state.parameters.items()}
     damage(path)
     with pytest.raises(CheckpointError, match=DAMAGE[damage]):
@@ -205,7 +204,7 @@ def test_a_file_that_a_rank_does_not_need_is_not_hashed(copy, monkeypatch):
     config = config_of(folder)
     one = Topology(Layout(3), rank=1)
     needed = files_to_restore(config, one, [1])
-    model = describe_model(config, dataset_spec(config.data))
+    model = setup_of(config).describe()
     flip_a_bit(path, "block-2.safetensors")
     choice = choose(folder, one, model, lambda _: needed, fallback=False, is_training=True)
     for file in needed:

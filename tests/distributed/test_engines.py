@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import RankPool, config_of
+from ranks import RankPool, config_of, setup_of
 from replicas import LINEAR, engine_options
 
 from dbdist.checkpoint.manifest import find_checkpoint
-from dbdist.data import load_dataset
+from dbdist.data.sources import load_dataset
 from dbdist.parallel.layout import layout_of
 from dbdist.sampling.evaluation import Evaluation
 from dbdist.training.trainer import Trainer
@@ -44,7 +44,7 @@ def train_rank(rank, options, is_float64=False):
     config = config_of(*options)
     topology = rank.join(layout_of(config, rank.launch.world_size))
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
-    trainer = Trainer(config, topology, *data, find_checkpoint(Path(config.run_dir)))
+    trainer = Trainer(setup_of(config), topology, *data, find_checkpoint(Path(config.run_dir)))
     evaluation = trainer.fit(None)
     weights = {}
     for owned in trainer.state.blocks:
@@ -110,7 +110,7 @@ def test_an_engine_equals_one_process_with_the_joined_batch(ranks, tmp_path, joi
         # Of two copies, each passes on half; what is shared is all-reduced.
         assert own.received["replica"] == 20 * (passes * size // 2 + shared_size)
         # 360 images in batches of 150: the replicas have 6 and 4 micro-batches to go through.
-        assert own.evaluation.accuracy_after_block == single[0].evaluation.accuracy_after_block
+        assert own.evaluation.after_block == single[0].evaluation.after_block
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])

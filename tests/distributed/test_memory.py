@@ -4,14 +4,13 @@ counted."""
 import weakref
 
 import torch
-from ranks import config_of
+from ranks import config_of, setup_of
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dbdist import build
 from dbdist.checkpoint.manifest import find_checkpoint
-from dbdist.data import load_dataset
+from dbdist.data.sources import load_dataset
 from dbdist.inference.load_models import load_block
 from dbdist.parallel.layout import Layout, layout_of
 from dbdist.parallel.topology import Topology
@@ -68,7 +67,7 @@ def peaks_of_rank(rank, options):
     topology = rank.join(layout_of(config, rank.launch.world_size))
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
     with LiveBytes() as setup:
-        trainer = Trainer(config, topology, *data)
+        trainer = Trainer(setup_of(config), topology, *data)
     parameters = sum(p.numel() for o in trainer.state.blocks for p in o.module.parameters())
     trainer.fit(None)
     names = sorted(
@@ -109,15 +108,15 @@ def test_one_process_evaluates_with_one_block_resident(ranks, tmp_path):
     config = config_of(*options)
     data, checkpoint = load_dataset(config.data, "test"), find_checkpoint(tmp_path)
     assert checkpoint is not None
-    sizes = build.architecture(config, data.spec)
+    setup = setup_of(config)
     models = []
     resident = []
 
     def load(block):
-        model = load_block(config, sizes, checkpoint, block, torch.device("cpu"))
+        model = load_block(setup, checkpoint, block, torch.device("cpu"))
         models.append(weakref.ref(model))
         resident.append(sum(reference() is not None for reference in models))
         return model
 
-    evaluate(config, Topology(Layout(1)), data, load, 1)
+    evaluate(setup, Topology(Layout(1)), data, load, 1)
     assert resident == [1, 1, 1], "the block before is gone when the next one is loaded"

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from ranks import config_of
+from ranks import config_of, setup_of
 
 from dbdist import seeds
 from dbdist.bench.step import measure
 from dbdist.config.parse import parse_config
-from dbdist.data import dataset_spec, load_dataset
 from dbdist.data.images import random_images
+from dbdist.data.sources import dataset_spec, load_dataset
 from dbdist.parallel.layout import layout_of
 from dbdist.parallel.topology import Topology
 from dbdist.training.trainer import Trainer
@@ -20,7 +20,7 @@ def trained(tmp_path, *options):
     """A trainer of one process, after its last step."""
     config = config_of(f"run_dir={tmp_path}", *options)
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
-    trainer = Trainer(config, Topology(layout_of(config, 1)), *data)
+    trainer = Trainer(setup_of(config), Topology(layout_of(config, 1)), *data)
     trainer.fit(None)
     return trainer
 
@@ -33,7 +33,7 @@ def test_sequential_trains_one_random_block_a_step_and_leaves_the_others_alone(t
         order.count(b) for b in range(3)
     ]
     untrained = [owned for owned in trainer.state.blocks if owned.index not in order]
-    fresh = Trainer(trainer.config, trainer.topology, trainer.train_set, trainer.test_set)
+    fresh = Trainer(trainer.setup, trainer.topology, trainer.train_set, trainer.test_set)
     for owned in untrained:  # not even decayed
         for a, b in zip(
             owned.module.parameters(),

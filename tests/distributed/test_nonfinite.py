@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import config_of
+from ranks import config_of, setup_of
 from reading import lines_of
 from replicas import LINEAR, engine_options
 
 from dbdist import seeds
+from dbdist.build import build_process
 from dbdist.checkpoint.manifest import complete_folders
 from dbdist.checkpoint.names import blocks_in, step_folders
-from dbdist.data import BatchStream, load_dataset
+from dbdist.data.loader import BatchStream
+from dbdist.data.sources import load_dataset
 from dbdist.errors import Fault
 from dbdist.monitor.monitor import Monitor
 from dbdist.parallel.layout import layout_of
@@ -54,7 +56,7 @@ def train_rank(rank, options, bad, what="gradient"):
     topology = rank.join(layout_of(config, rank.launch.world_size))
     topology.start_watch(60.0, lambda line: None)
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
-    trainer = Trainer(config, topology, *data)
+    trainer = Trainer(setup_of(config), topology, *data)
     owned = trainer.state.blocks[0]
 
     def is_bad():
@@ -123,7 +125,7 @@ def test_all_ranks_stop_at_the_same_step_and_the_bad_one_is_kept(ranks, tmp_path
     stream = BatchStream(load_dataset(config.data, "train"), 8, config.seed, 1)
     assert report["batch_indices"] == stream.indices_of_step(3)
     generator = seeds.generator(config.seed, "sigma", 1, 3)
-    sigma = config.noise_schedule().sample_sigma(1, 8, generator)
+    sigma = build_process(config).partition.sample_level(1, 8, generator)
     assert report["sigma"] == pytest.approx(sigma.tolist())
     assert len(report["cross_entropy"]) == 8
     assert "nan" in report["grad_norms"].values()
@@ -183,7 +185,7 @@ def alone(options, blocks):
 
     config = config_of(*options, "parallel.sync=never", "parallel.coordinator=colocated")
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
-    return Trainer(config, Topology(Layout(1)), *data, blocks=blocks)
+    return Trainer(setup_of(config), Topology(Layout(1)), *data, blocks=blocks)
 
 
 def sign_of_the_others(rank, options):

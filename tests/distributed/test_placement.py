@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from ranks import config_of
+from ranks import config_of, setup_of
 
-from dbdist.data import load_dataset
+from dbdist.data.sources import load_dataset
 from dbdist.parallel.layout import layout_of
 from dbdist.training.trainer import Trainer
 
@@ -17,7 +17,7 @@ def weights_of_rank(rank, nodes):
     rank.launch = replace(rank.launch, node=nodes[rank.launch.rank])
     topology = rank.join(layout_of(config, 4))
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
-    trainer = Trainer(config, topology, *data)
+    trainer = Trainer(setup_of(config), topology, *data)
     trainer.fit(None)
     return topology.place, {k: v.tolist() for k, v in trainer.state.parameters.items()}
 

@@ -15,7 +15,7 @@ import dbdist
 from dbdist.checkpoint.choose import choose
 from dbdist.checkpoint.manifest import find_checkpoint
 from dbdist.commands.export import export
-from dbdist.data import load_dataset
+from dbdist.data.sources import load_dataset
 from dbdist.errors import CheckpointError, ConfigError, UserError
 from dbdist.inference.of_run import evaluate_run, layout_for_evaluation
 from dbdist.parallel.layout import Layout, layout_of
@@ -163,8 +163,8 @@ def test_evaluation_and_export_agree_for_any_number_of_processes(ranks, tmp_path
     trained = ranks.run(3, train_run, options)[0]
     for world_size in (1, 3, 6):
         evaluation = ranks.run(world_size, evaluate_rank, [], options)[0]
-        assert evaluation.accuracy == trained.accuracy
-        assert evaluation.accuracy_after_block == trained.accuracy_after_block
+        assert evaluation.value == trained.value
+        assert evaluation.after_block == trained.after_block
     config = config_of(*options)
     export(config, tmp_path / "out")
     data = load_dataset(config.data, "test")
@@ -175,7 +175,7 @@ def test_evaluation_and_export_agree_for_any_number_of_processes(ranks, tmp_path
     )
     model = dbdist.load(tmp_path / "out")
     predicted = model.predict(pixels.clamp(0, 1))
-    assert (predicted == labels).double().mean().item() == pytest.approx(trained.accuracy)
+    assert (predicted == labels).double().mean().item() == pytest.approx(trained.value)
     has_private = any(
         k.startswith("block-2.shared.") for k in load_file(tmp_path / "out/model.safetensors")
     )

@@ -6,10 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import config_of
+from ranks import config_of, setup_of
 
-from dbdist import build, seeds
-from dbdist.data import BatchStream, load_dataset
+from dbdist import seeds
+from dbdist.build import build_process
+from dbdist.data.loader import BatchStream
+from dbdist.data.sources import load_dataset
 from dbdist.parallel.layout import Layout, layout_of
 from dbdist.processes.gaussian import NoiseSchedule
 from dbdist.training.trainer import Trainer
@@ -23,7 +25,7 @@ def train_rank(rank, options, steps=None):
     config = config_of(*options)
     topology = rank.join(layout_of(config, rank.launch.world_size))
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
-    trainer = Trainer(config, topology, *data)
+    trainer = Trainer(setup_of(config), topology, *data)
     evaluation = trainer.fit(None)
     weights = {k: v.tolist() for k, v in trainer.state.parameters.items()}
     return weights, dict(topology.meter.received), evaluation
@@ -68,16 +70,17 @@ class HandAdamW:
 
 
 def loss_of(shared, block, schedule: NoiseSchedule, images, labels, sigma, noise):
-    """Cross-entropy of one block, the equations of DESIGN section 2 written out."""
+    """Cross-entropy of one block, its equations written out."""
     table = shared.label_table
     z0 = table[labels] / table[labels].norm(dim=-1, keepdim=True)
     z = z0 + sigma[:, None] * noise
     s2, d2 = sigma[:, None] ** 2, schedule.sigma_data**2
     level = shared.embed_noise(sigma.log() / 4)
-    tokens = block(shared.embed(images, z / (s2 + d2).sqrt()), level)
-    out = shared.norm(tokens)[:, 0]
+    tokens, _ = shared.embed(images, z / (s2 + d2).sqrt(), sigma.log() / 4)
+    out = shared.norm(block(tokens, level))[:, 0]
     state = d2 / (s2 + d2) * z + sigma[:, None] * schedule.sigma_data / (s2 + d2).sqrt() * out
-    logits = shared.logits(state, level)
+    shift, scale = shared.adaln(level)
+    logits = shared.head(state * (1 + scale) + shift)
     return -F.log_softmax(logits, -1)[torch.arange(len(labels)), labels].mean()
 
 
@@ -86,11 +89,11 @@ def single_process(options, sync):
     other. Returns each block's weights together with its copy of the shared modules."""
     config = config_of(*options)
     train_set = load_dataset(config.data, "train")
-    sizes, schedule = build.architecture(config, train_set.spec), config.noise_schedule()
+    setup, schedule = setup_of(config), build_process(config).partition
     cpu, num_blocks, batch_size = torch.device("cpu"), config.num_blocks, config.train.batch_size
     copies = num_blocks if sync in ("never", "every") else 1
-    shared = [build.build_shared(config, sizes, config.seed, cpu) for _ in range(copies)]
-    blocks = [build.build_block(config, sizes, b, config.seed, cpu) for b in range(num_blocks)]
+    shared = [setup.shared(config.seed, cpu) for _ in range(copies)]
+    blocks = [setup.block(b, config.seed, cpu) for b in range(num_blocks)]
     streams = [BatchStream(train_set, batch_size, config.seed, b) for b in range(num_blocks)]
     of_shared = [HandAdamW(list(s.parameters()), config.train.lr) for s in shared]
     of_block = [HandAdamW(list(b.parameters()), config.train.lr) for b in blocks]
@@ -100,7 +103,7 @@ def single_process(options, sync):
             own = shared[b % copies]
             indices = streams[b].indices_of_step(step)
             images, labels = train_set.__getitems__(indices).values()
-            sigma = schedule.sample_sigma(
+            sigma = schedule.sample_level(
                 b, batch_size, seeds.generator(config.seed, "sigma", b, step)
             )
             generator = seeds.generator(config.seed, "noise", b, step)
@@ -165,7 +168,7 @@ def test_dedicated_and_colocated_coordinator_agree_bit_for_bit(ranks, tmp_path, 
     dedicated = ranks.run(4, train_rank, options)
     for (own, _, evaluation), (other, _, expected) in zip(dedicated[1:], colocated, strict=True):
         assert_equal(tensors(own), tensors(other), atol=0)
-        assert evaluation.accuracy_after_block == expected.accuracy_after_block
+        assert evaluation.after_block == expected.after_block
     assert not any(name.startswith("layers") for name in dedicated[0][0])
 
 
@@ -174,7 +177,7 @@ def train_alone(rank, options, block):
     torch.set_default_dtype(torch.float64)
     config = config_of(*options)
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
-    trainer = Trainer(config, rank.join(Layout(1)), *data, blocks=[block])
+    trainer = Trainer(setup_of(config), rank.join(Layout(1)), *data, blocks=[block])
     for step in range(trainer.max_steps):
         trainer.train_step(step)
     return {k: v.tolist() for k, v in trainer.state.parameters.items()}
@@ -209,7 +212,7 @@ def test_replicas_equal_one_process_per_block_with_the_joined_batch(ranks, tmp_p
         assert_equal(tensors(weights), tensors(single[rank // 2][0]), atol=1e-10)
         assert weights == replicated[rank // 2 * 2][0], "replicas of a block are bit-identical"
         assert received["replica"] > 0
-        assert evaluation.accuracy == single[0][2].accuracy
+        assert evaluation.value == single[0][2].value
 
 
 def test_gradient_accumulation_equals_the_whole_batch(ranks, tmp_path):

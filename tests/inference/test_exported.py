@@ -13,22 +13,39 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vits import block_of, randomize, shared_of
 
 import dbdist
+from dbdist import seeds
 from dbdist.checkpoint.weights import fill, load_weights
-from dbdist.data import DatasetSpec
+from dbdist.config.config import Config
+from dbdist.data.images import DatasetSpec
+from dbdist.data.options import ImageOptions
 from dbdist.errors import CheckpointError
-from dbdist.inference.exported import BlockwiseClassifier, describe, save_model
-from dbdist.models import vit
+from dbdist.inference.exported import Description, save_model
 from dbdist.models.denoiser import Denoiser
-from dbdist.processes.gaussian import NoiseSchedule
-from dbdist.sampling.sampler import Sampler
-from dbdist.tasks.classification import ClassReadout
+from dbdist.models.options import ViTOptions
+from dbdist.models.vit import ViTConfig
+from dbdist.processes.direct import Direct
+from dbdist.processes.gaussian import Gaussian, NoiseSchedule
+from dbdist.processes.options import GaussianOptions
+from dbdist.sampling.sampler import Rows, Sampler
+from dbdist.tasks.classification import Classification
+from dbdist.tasks.options import ClassificationOptions, ClassificationSamplerOptions
 
-CPU = torch.device("cpu")
 SPEC = DatasetSpec("digits", 1, 4, 5, (0.3,), (0.4,), tuple("abcde"))
-SIZES = vit.ViTConfig(
+SIZES = ViTConfig(
     image_size=4, channels=1, num_classes=5, patch_size=2, hidden_size=12, num_heads=2, mlp_size=16
+)
+MODEL = ViTOptions(
+    num_blocks=2,
+    num_layers=3,
+    layers_per_block=(1, 2),
+    patch_size=2,
+    hidden_size=12,
+    num_heads=2,
+    mlp_size=16,
+    init="published",
 )
 SCHEDULE = NoiseSchedule(2)
 SAMPLER = {
@@ -36,45 +53,60 @@ SAMPLER = {
     "start": "noise",
     "num_draws": 2,
     "label_table": "raw",
-    "readout": [0, 1],
+    "readout": (0, 1),
     "guidance_scale": 1.5,
 }
 
 
-@torch.no_grad()
-def randomize(module, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        parameter.normal_(0, 0.3, generator=generator)
-    return module
+def config_of(mode="block_parallel", **sampler):
+    return Config(
+        mode=mode,
+        model=MODEL,
+        noise=GaussianOptions(),
+        data=ImageOptions(),
+        sampler=ClassificationSamplerOptions(**SAMPLER | sampler),
+    )
 
 
 def modules(private=False):
     """(shared modules of each block, blocks of one and two layers)."""
-    shared = [
-        randomize(vit.build_shared(SIZES, 0, CPU), 10 * b if private else 0) for b in range(2)
-    ]
-    blocks = [randomize(vit.build_block(SIZES, r, 0, CPU), 1) for r in (range(1), range(1, 3))]
+    shared = [randomize(shared_of(SIZES), 10 * b if private else 0) for b in range(2)]
+    blocks = [randomize(block_of(SIZES, r), 1) for r in (range(1), range(1, 3))]
     return shared, blocks
 
 
-def export_blocks(out, private=False, **sampler):
+def weights_of_blocks(private=False):
     shared, blocks = modules(private)
     weights = {n: p.detach() for block in blocks for n, p in block.named_parameters()}
     for b, own in enumerate(shared if private else shared[:1]):
         prefix = f"block-{b}.shared." if private else "shared."
         weights |= {f"{prefix}{n}": p.detach() for n, p in own.named_parameters()}
-    save_model(out, weights, describe(SIZES, SPEC, [1, 2], SCHEDULE, SAMPLER | sampler, private))
+    return weights
+
+
+def export_blocks(out, private=False, **sampler):
+    description = Description(config_of(**sampler), SPEC, (1, 2), private)
+    save_model(out, weights_of_blocks(private), description)
     return out
 
 
+def plain_modules():
+    return randomize(shared_of(SIZES, is_plain=True)), randomize(
+        block_of(SIZES, range(3), is_plain=True), 1
+    )
+
+
 def export_plain(out):
-    shared = randomize(vit.build_plain_shared(SIZES, 0, CPU), 0)
-    block = randomize(vit.build_block(SIZES, range(3), 0, CPU, conditioned=False), 1)
+    shared, block = plain_modules()
     weights = {f"shared.{n}": p.detach() for n, p in shared.named_parameters()}
     weights |= {n: p.detach() for n, p in block.named_parameters()}
-    save_model(out, weights, describe(SIZES, SPEC, [3], None, {}))
-    return vit.PlainViT(shared, block).eval()
+    save_model(out, weights, Description(config_of("end_to_end"), SPEC, (3,)))
+    return Denoiser(shared, block, Direct()).eval()
+
+
+def network_of(model):
+    """The module inside a loaded classifier."""
+    return model._answer
 
 
 def pixels(num_samples=7):
@@ -89,13 +121,15 @@ def pixels(num_samples=7):
 def test_a_loaded_model_answers_as_its_blocks_in_turn(tmp_path, private):
     model = dbdist.load(export_blocks(tmp_path, private))
     shared, blocks = modules(private)
-    sampler = Sampler(SCHEDULE, 4, "noise", num_draws=2, guidance_scale=1.5)
-    z = sampler.initial_state(7, (12,), 0, 0, torch.float32)
+    process = Gaussian(SCHEDULE)
+    sampler = Sampler(process, SCHEDULE.steps(4), 0, "noise", num_draws=2, guidance_scale=1.5)
+    options = ClassificationSamplerOptions(label_table="raw")
+    task = Classification(ClassificationOptions(), options, SPEC, 12, 2)
+    z = sampler.initial_state(task, Rows(0, 0, 7, 7), torch.float32)
     images, answers = (pixels() - 0.3) / 0.4, []
     for b in range(2):
-        task = ClassReadout(shared[b].label_table, normalized=False)
-        denoiser = Denoiser(shared[b], blocks[b], SCHEDULE)
-        z, answer = sampler.run_block(b, denoiser, task, images, z)
+        denoiser = Denoiser(shared[b], blocks[b], process)
+        z, answer = sampler.run_block(b, denoiser, task, shared[b], images, z)
         answers.append(answer)
     expected = (answers[0] + answers[1]) / 2
     torch.testing.assert_close(model.predict_proba(pixels()), expected, rtol=1e-5, atol=1e-7)
@@ -105,14 +139,14 @@ def test_a_loaded_model_answers_as_its_blocks_in_turn(tmp_path, private):
 @torch.no_grad()
 def test_a_loaded_plain_model_answers_with_probabilities(tmp_path):
     network = export_plain(tmp_path)
-    expected = network((pixels() - 0.3) / 0.4).softmax(-1)
+    expected = network((pixels() - 0.3) / 0.4, torch.zeros(7, 0), None).softmax(-1)
     torch.testing.assert_close(dbdist.load(tmp_path).predict_proba(pixels()), expected)
 
 
 def test_readout_of_the_last_block_is_its_answer_alone(tmp_path):
     both = dbdist.load(export_blocks(tmp_path / "both")).predict_proba(pixels())
     each = [
-        dbdist.load(export_blocks(tmp_path / str(b), readout=[b])).predict_proba(pixels())
+        dbdist.load(export_blocks(tmp_path / str(b), readout=(b,))).predict_proba(pixels())
         for b in range(2)
     ]
     torch.testing.assert_close(both, (each[0] + each[1]) / 2)
@@ -120,8 +154,7 @@ def test_readout_of_the_last_block_is_its_answer_alone(tmp_path):
 
 def test_blocks_share_one_set_of_shared_modules_unless_each_has_its_own(tmp_path):
     for private in (False, True):
-        network = dbdist.load(export_blocks(tmp_path / str(private), private)).network
-        assert isinstance(network, BlockwiseClassifier)
+        network = network_of(dbdist.load(export_blocks(tmp_path / str(private), private)))
         sets = {id(denoiser.shared) for denoiser in network.denoisers}
         assert len(sets) == (2 if private else 1)
 
@@ -131,7 +164,7 @@ def test_the_network_has_the_precision_of_its_weights(tmp_path, dtype):
     weights = load_file(export_blocks(tmp_path) / "model.safetensors")
     save_file({k: v.to(dtype) for k, v in weights.items()}, tmp_path / "model.safetensors")
     model = dbdist.load(tmp_path)
-    assert {p.dtype for p in model.network.parameters()} == {dtype}
+    assert {p.dtype for p in network_of(model).parameters()} == {dtype}
     assert model.predict_proba(pixels()).shape == (7, 5)
 
 
@@ -218,6 +251,91 @@ def test_predicting_is_repeatable_and_moves_no_global_generator(tmp_path):
     first = model.predict_proba(pixels())
     assert torch.equal(first, model.predict_proba(pixels()))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_classes_have_their_names(tmp_path):
+    model = dbdist.load(export_blocks(tmp_path, start="mean", num_draws=1))
+    assert model.class_names == tuple("abcde")
+    expected = ["abcde"[i] for i in model.predict_proba(pixels()).argmax(1).tolist()]
+    assert model.predict_labels(pixels()) == expected
+
+
+# -- older versions --------------------------------------------------------------------------------
+
+
+def version_1(sizes, layers, noise, sampler, private=False):
+    """The config.json that version 1 wrote."""
+    return {
+        "format": "dbdist-model",
+        "version": 1,
+        "data": dataclasses.asdict(SPEC),
+        "model": dataclasses.asdict(sizes),
+        "layers_per_block": layers,
+        "noise": noise,
+        "sampler": sampler,
+        "private_shared": private,
+    }
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("owners", [None, [0, 0, 0, 1]])
+def test_a_model_of_version_1_predicts_as_its_blocks_in_turn(tmp_path, private, owners):
+    sampler = {
+        "num_steps": 4,
+        "start": "noise",
+        "sigma_start": 20.0,
+        "num_draws": 2,
+        "label_table": "normalized",
+        "readout": [1],
+        "guidance_scale": 0.0,
+        "seed": 3,
+    }
+    sampler |= {} if owners is None else {"blocks": owners}
+    config = version_1(SIZES, [1, 2], dataclasses.asdict(SCHEDULE), sampler, private)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(weights_of_blocks(private), tmp_path / "model.safetensors")
+    shared, blocks = modules(private)
+    generator = seeds.generator(3, "sampler", 0)
+    levels = SCHEDULE.levels(4, 20.0)
+    z = (1 + 20.0**2) ** 0.5 * torch.randn(14, 12, generator=generator)
+    images = ((pixels() - 0.3) / 0.4).repeat_interleave(2, dim=0)
+    owners = owners or [0, 0, 1, 1]
+    answer = torch.zeros(())
+    with torch.no_grad():
+        for i, owner in enumerate(owners):
+            denoiser = Denoiser(shared[owner], blocks[owner], Gaussian(SCHEDULE))
+            answer = denoiser(images, z, torch.full((14,), levels[i])).softmax(-1)
+            if i < 3:
+                table = shared[owner].label_table
+                clean = answer @ (table / table.norm(dim=1, keepdim=True))
+                z = z + (levels[i + 1] - levels[i]) * (z - clean) / levels[i]
+    expected = answer.unflatten(0, (7, 2)).mean(1)
+    found = dbdist.load(tmp_path).predict_proba(pixels())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_plain_model_of_version_1_predicts_as_one_of_today(tmp_path):
+    export_plain(tmp_path)
+    today = dbdist.load(tmp_path).predict_proba(pixels())
+    config = version_1(SIZES, [3], None, {"num_steps": 6, "seed": 0, "readout": [0]})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(dbdist.load(tmp_path).predict_proba(pixels()), today)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"model": None}, "config.json"),
+        ({"layers_per_block": [1, 1, 1]}, "num_blocks"),
+        ({"data": {**dataclasses.asdict(SPEC), "num_classes": 6}}, "data"),
+        ({"sampler": {"num_steps": 1}}, "config.json"),
+    ],
+)
+def test_a_description_of_version_1_that_does_not_fit_is_refused(tmp_path, change, word):
+    config = version_1(SIZES, [1, 2], dataclasses.asdict(SCHEDULE), {"num_steps": 4})
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    save_file(weights_of_blocks(), tmp_path / "model.safetensors")
+    assert word in refused(tmp_path)
 
 
 # -- damage ----------------------------------------------------------------------------------------
@@ -391,7 +509,7 @@ def test_truncated_configs_are_refused(model_dir):
 def test_another_format_or_version_is_refused(model_dir, key, value):
     path = model_dir / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    assert "dbdist-model version 1" in refused(model_dir)
+    assert "dbdist-model version 2" in refused(model_dir)
 
 
 def test_config_json_comes_last_and_marks_a_model_complete(small_disk):
@@ -400,7 +518,7 @@ def test_config_json_comes_last_and_marks_a_model_complete(small_disk):
     with suppress(OSError):
         (small_disk.path / "ballast").write_bytes(bytes(2**21))
     with pytest.raises(CheckpointError, match=r"out cannot be written \(No space"):
-        save_model(out, {"x": torch.zeros(10**6)}, {})
+        save_model(out, {"x": torch.zeros(10**6)}, Description(config_of(), SPEC, (1, 2)))
     assert "config.json" in refused(out)
     assert not list(out.glob("*.partial"))
 
@@ -408,7 +526,10 @@ def test_config_json_comes_last_and_marks_a_model_complete(small_disk):
 def test_what_is_saved_describes_the_model(tmp_path):
     config = json.loads((export_blocks(tmp_path) / "config.json").read_text())
     assert config["layers_per_block"] == [1, 2]
-    assert config["noise"] == dataclasses.asdict(SCHEDULE)
+    schedule = dataclasses.asdict(SCHEDULE)
+    assert {**config["noise"], "num_blocks": 2} == {"name": "gaussian", **schedule}
+    assert config["version"] == 2
+    assert config["task"]["name"] == "classification"
     assert config["data"]["class_names"] == list("abcde")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert dbdist.load(tmp_path).spec == SPEC

@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 import dbdist
+from dbdist import seeds
 from dbdist.cli import main
 from dbdist.errors import CheckpointError, ConfigError
 from dbdist.inference.published import load_published_vit, published_block_of_step
-from dbdist.tasks.classification import DenoisingLoss, Draws
+from dbdist.tasks.base import DenoisingLoss, Draws
+from dbdist.tasks.classification import Classification
+from dbdist.tasks.options import ClassificationOptions, ClassificationSamplerOptions
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -22,6 +25,15 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 @pytest.fixture
 def published():
     return load_published_vit(GOLDEN / "a/weights.safetensors")
+
+
+def loss_of(model, block, images, labels, draws, weighting="none"):
+    """The objective of one block of a published model."""
+    options = ClassificationOptions(weighting=weighting)
+    sizes = model.config
+    sampler = ClassificationSamplerOptions()
+    task = Classification(options, sampler, sizes.spec(), sizes.hidden_size, sizes.num_blocks)
+    return DenoisingLoss(model.denoiser(block), task)({"image": images, "label": labels}, draws)
 
 
 def sizes_in(path):
@@ -51,11 +63,11 @@ def test_sampler_agrees_with_the_published_code(published, golden, num_steps, cf
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_loss_and_gradients_agree_with_the_published_code(published, golden, block):
     v = golden("a/vectors")
-    objective = DenoisingLoss(published.denoiser(block), "none")
     draws = Draws(v[f"block{block}/sigma"], v[f"block{block}/noise"], None)
-    loss = objective(v["images"], v["labels"], draws)
+    loss = loss_of(published, block, v["images"], v["labels"], draws)
+    cross_entropy = loss.per_sample["cross_entropy"]
     torch.testing.assert_close(
-        loss.cross_entropy_N, v[f"block{block}/cross_entropy"], rtol=1e-7, atol=1e-9
+        cross_entropy, v[f"block{block}/cross_entropy"], rtol=1e-7, atol=1e-9
     )
     loss.value.backward()
     prefix = f"block{block}/grad_mean_ce/"
@@ -90,9 +102,7 @@ def test_loss_and_gradients_agree_with_the_published_code(published, golden, blo
     assert checked >= 14
     others = [b for b in range(3) if b != block]
     assert all(p.grad is None for b in others for p in published.blocks[b].parameters())
-    published_loss = DenoisingLoss(published.denoiser(block), "published")(
-        v["images"], v["labels"], draws
-    )
+    published_loss = loss_of(published, block, v["images"], v["labels"], draws, "published")
     torch.testing.assert_close(
         published_loss.value, v[f"block{block}/loss_published"], rtol=1e-7, atol=0
     )
@@ -109,24 +119,27 @@ def test_every_stage_agrees_with_the_published_code(golden, block):
     z = z0 + sigma[:, None] * s["in.eps"][block].double()
     torch.testing.assert_close(z, s[p + "zt"], rtol=1e-12, atol=1e-12)
     c = model.schedule.preconditioning(sigma)
-    level = shared.embed_noise(c.c_noise)
+    x, level = shared.embed(images, c.c_in[:, None] * z, c.c_noise)
     torch.testing.assert_close(level, s[p + "conditioning"], rtol=0, atol=1e-10)
-    x = shared.embed(images, c.c_in[:, None] * z)
     torch.testing.assert_close(x, s[p + "tokens_in"], rtol=0, atol=1e-11)
     assert [int(i) for i in layers] == s[p + "layers"].tolist()
     for layer, expected in zip(layers.values(), s[p + "hidden_after_layer"], strict=True):
         x = layer(x, level)
         torch.testing.assert_close(x, expected, rtol=0, atol=1e-10 * expected.abs().max().item())
-    pooled = shared.read(x)
-    torch.testing.assert_close(pooled, s[p + "pooled"], rtol=0, atol=1e-10)
-    out = c.c_out[:, None] * pooled + c.c_skip[:, None] * z
-    torch.testing.assert_close(out, s[p + "model_out"], rtol=0, atol=1e-10)
-    torch.testing.assert_close(shared.logits(out, level), s[p + "logits"], rtol=0, atol=1e-9)
+
+    def combine(pooled):
+        torch.testing.assert_close(pooled, s[p + "pooled"], rtol=0, atol=1e-10)
+        out = c.c_out[:, None] * pooled + c.c_skip[:, None] * z
+        torch.testing.assert_close(out, s[p + "model_out"], rtol=0, atol=1e-10)
+        return out
+
+    logits = shared.output(x, combine, level)
+    torch.testing.assert_close(logits, s[p + "logits"], rtol=0, atol=1e-9)
     guided = model.denoise(block, images, z, sigma, cfg_scale=1.5)
     torch.testing.assert_close(guided, s[p + "logits_cfg1.5"], rtol=0, atol=1e-9)
     draws = Draws(sigma, s["in.eps"][block].double(), None)
     for weighting, key in (("published", "loss"), ("per_sample", "loss_persample")):
-        loss = DenoisingLoss(model.denoiser(block), weighting)(images, s["in.labels"], draws)
+        loss = loss_of(model, block, images, s["in.labels"], draws, weighting)
         torch.testing.assert_close(loss.value, s[p + key], rtol=1e-10, atol=0)
 
 
@@ -157,7 +170,7 @@ def test_four_published_optimizer_steps_are_reproduced(golden):
     for i, block in enumerate(s["f64.opt.blocks"].tolist()):
         model.zero_grad(set_to_none=True)
         draws = Draws(s["in.sigma"][block].double(), s["in.eps"][block].double(), None)
-        loss = DenoisingLoss(model.denoiser(block), "published")(images, labels, draws)
+        loss = loss_of(model, block, images, labels, draws, "published")
         loss.value.backward()
         parameters = [*model.shared.parameters(), *model.blocks[block].parameters()]
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -227,7 +240,7 @@ def test_a_lightning_checkpoint_is_imported_and_predicts_as_the_published_sample
     main(["import-published", str(tmp_path / "last.ckpt"), str(tmp_path / "out")])
     model = dbdist.load(tmp_path / "out")
     images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    z = model.network.sampler.initial_state(6, (32,), 0, 0, torch.float32)
+    z = (1 + 80.0**2) ** 0.5 * torch.randn(6, 32, generator=seeds.generator(0, "sampler", 0))
     logits = load_published_vit(tmp_path / "last.ckpt").sample(images, z, 3)
     torch.testing.assert_close(model.predict_proba(images), logits.softmax(-1))
     assert model.predict(images).tolist() == logits.argmax(-1).tolist()

@@ -3,38 +3,30 @@
 import pytest
 import torch
 from torch import nn
+from vits import block_of, randomize, shared_of
 
 from dbdist.models import vit
-from dbdist.models.denoiser import Denoiser, noised
-from dbdist.processes.gaussian import NoiseSchedule
+from dbdist.models.denoiser import Denoiser
+from dbdist.processes.gaussian import Gaussian, NoiseSchedule
 
-CPU = torch.device("cpu")
 SCHEDULE = NoiseSchedule(3, sigma_data=0.4)
+PROCESS = Gaussian(SCHEDULE)
 SIZES = vit.ViTConfig(
     image_size=4, channels=2, num_classes=5, patch_size=2, hidden_size=12, num_heads=3, mlp_size=16
 )
 
 
-@torch.no_grad()
-def randomize(module, seed=0):
-    """Nothing stays zero by initialisation."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        parameter.normal_(0, 0.3, generator=generator)
-    return module
-
-
 def build(sizes=SIZES):
-    shared = randomize(vit.build_shared(sizes, 0, CPU))
-    blocks = [randomize(vit.build_block(sizes, range(b, b + 1), 0, CPU), b + 1) for b in range(3)]
-    return shared, blocks, [Denoiser(shared, block, SCHEDULE).eval() for block in blocks]
+    shared = randomize(shared_of(sizes))
+    blocks = [randomize(block_of(sizes, range(b, b + 1)), b + 1) for b in range(3)]
+    return shared, blocks, [Denoiser(shared, block, PROCESS).eval() for block in blocks]
 
 
 def batch(num_samples=6):
     generator = torch.Generator().manual_seed(9)
     images = torch.randn(num_samples, 2, 4, 4, generator=generator)
     z = torch.randn(num_samples, 12, generator=generator)
-    return images, z, SCHEDULE.sample_sigma(1, num_samples, generator).to(z.dtype)
+    return images, z, SCHEDULE.sample_level(1, num_samples, generator).to(z.dtype)
 
 
 def test_output_is_the_head_of_the_preconditioned_state(float64):
@@ -43,11 +35,12 @@ def test_output_is_the_head_of_the_preconditioned_state(float64):
     for block, denoiser in zip(blocks, denoisers, strict=True):
         s, d = sigma[:, None], SCHEDULE.sigma_data
         level = shared.embed_noise(sigma.log() / 4)
-        raw = shared.read(block(shared.embed(images, z / (s**2 + d**2).sqrt()), level))
+        tokens, _ = shared.embed(images, z / (s**2 + d**2).sqrt(), sigma.log() / 4)
+        raw = shared.norm(block(tokens, level)[:, 0])
         state = d**2 / (s**2 + d**2) * z + s * d / (s**2 + d**2).sqrt() * raw
-        torch.testing.assert_close(
-            denoiser(images, z, sigma), shared.logits(state, level), rtol=1e-12, atol=1e-14
-        )
+        shift, scale = shared.adaln(level)
+        expected = shared.head(state * (1 + scale) + shift)
+        torch.testing.assert_close(denoiser(images, z, sigma), expected, rtol=1e-12, atol=1e-14)
 
 
 def test_the_loss_of_a_block_gives_gradients_to_its_own_layers_and_the_shared_modules_only():
@@ -100,47 +93,25 @@ def test_extreme_noise_levels_give_finite_outputs_and_gradients():
 def test_a_noise_level_of_another_count_than_states_is_refused():
     denoiser = build()[2][0]
     images, z, sigma = batch()
-    with pytest.raises(Exception, match="sigma_N"):  # jaxtyping's, in tests alone
+    with pytest.raises(RuntimeError, match="size"):
         denoiser(images, z, sigma[:-1])
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 4, 4), (5, 3)])
-def test_noised_is_the_clean_state_plus_sigma_times_noise(float64, shape):
-    generator = torch.Generator().manual_seed(0)
-    z0, noise = torch.randn(2, 4, *shape, generator=generator)
-    sigma = torch.rand(4, generator=generator)
-    z = noised(z0, sigma, noise)
-    for i in range(4):
-        torch.testing.assert_close(z[i], z0[i] + sigma[i].item() * noise[i], rtol=1e-15, atol=0)
 
 
 def test_the_denoiser_never_looks_inside_the_state():
     """A backbone for image latents: the coefficients broadcast over any trailing shape."""
 
-    class Latents(vit.ViTShared):
-        def __init__(self):
-            nn.Module.__init__(self)
+    class Latents(nn.Module):
+        def embed(self, condition, z, level_N):
+            return z, level_N
 
-        def embed(self, condition, z_in):
-            return z_in
+        def output(self, tokens, combine, context):
+            return combine(tokens)
 
-        def embed_noise(self, c_noise):
-            return c_noise
-
-        def read(self, tokens):
+    class Same(nn.Module):
+        def forward(self, tokens, context):
             return tokens
 
-        def logits(self, state, level):
-            return state
-
-    class Same(vit.Block):
-        def __init__(self):
-            nn.Module.__init__(self)
-
-        def forward(self, x, level):
-            return x
-
-    denoiser = Denoiser(Latents(), Same(), SCHEDULE)
+    denoiser = Denoiser(Latents(), Same(), PROCESS)
     z = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.1, 1.0, 10.0])
     result = denoiser(z, z, sigma)

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 from torch import nn
+from vits import CPU, block_of, randomize, shared_of
 
 from dbdist.errors import ConfigError
 from dbdist.models import vit
-
-CPU = torch.device("cpu")
+from dbdist.models.denoiser import Denoiser
+from dbdist.processes.direct import Direct
 
 
 def sizes(**changes):
@@ -23,15 +24,6 @@ def sizes(**changes):
         "mlp_size": 32,
     }
     return vit.ViTConfig(**values | changes)
-
-
-@torch.no_grad()
-def randomize(module, seed=0):
-    """Nothing stays zero by initialisation."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        parameter.normal_(0, 0.3, generator=generator)
-    return module
 
 
 def randn(*shape):
@@ -97,8 +89,8 @@ def test_attention_is_softmax_of_scaled_products(float64):
 @pytest.mark.parametrize("image_size", [8, 12])
 def test_the_plain_vit_equals_its_equations(float64, image_size):
     config = sizes(image_size=image_size)
-    shared = randomize(vit.build_plain_shared(config, 0, CPU))
-    block = randomize(vit.build_block(config, range(3), 0, CPU, conditioned=False), 1)
+    shared = randomize(shared_of(config, is_plain=True))
+    block = randomize(block_of(config, range(3), is_plain=True), 1)
     images = randn(2, 2, image_size, image_size)
     w, s = weights_of(block), weights_of(shared)
     x = (
@@ -110,13 +102,14 @@ def test_the_plain_vit_equals_its_equations(float64, image_size):
         x = x + attend(norm(x, w, f"{p}.norm1"), w, f"{p}.attention", 3)
         x = x + linear(gelu(linear(norm(x, w, f"{p}.norm2"), w, f"{p}.mlp_in")), w, f"{p}.mlp_out")
     expected = linear(norm(x[:, 0], s, "norm"), s, "head")
-    torch.testing.assert_close(vit.PlainViT(shared, block)(images), expected, rtol=1e-9, atol=1e-10)
+    logits = Denoiser(shared, block, Direct())(images, images.new_zeros(2, 0), None)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-10)
 
 
 def test_the_conditioned_vit_equals_its_equations(float64):
     config = sizes()
-    shared = randomize(vit.build_shared(config, 0, CPU))
-    block = randomize(vit.build_block(config, range(2, 4), 0, CPU), 1)
+    shared = randomize(shared_of(config))
+    block = randomize(block_of(config, range(2, 4)), 1)
     images, z_in, c_noise = randn(3, 2, 8, 8), randn(3, 24), torch.tensor([-1.5, 0.0, 1.1])
     w, s = weights_of(block), weights_of(shared)
 
@@ -128,7 +121,9 @@ def test_the_conditioned_vit_equals_its_equations(float64):
     assert level.shape == (3, 24 // 6)
 
     x = torch.cat([z_in[:, None], patches(images, s, 4)], dim=1) + s["positions"]
-    torch.testing.assert_close(shared.embed(images, z_in), x, rtol=1e-10, atol=1e-12)
+    tokens, context = shared.embed(images, z_in, c_noise)
+    torch.testing.assert_close(tokens, x, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(context, level, rtol=1e-10, atol=1e-12)
     for i in (2, 3):
         p = f"layers.{i}"
         chunks = silu(linear(level, w, f"{p}.adaln.linear"))[:, None].chunk(6, dim=-1)
@@ -137,23 +132,25 @@ def test_the_conditioned_vit_equals_its_equations(float64):
         x = x + gate * y
         y = gelu(linear(norm(x, w, f"{p}.norm2") * (1 + scale2) + shift2, w, f"{p}.mlp_in"))
         x = x + gate2 * linear(y, w, f"{p}.mlp_out")
-    torch.testing.assert_close(block(shared.embed(images, z_in), level), x, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(shared.read(x), norm(x[:, 0], s, "norm"), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(block(tokens, context), x, rtol=1e-9, atol=1e-10)
 
+    read = []
+    logits = shared.output(x, lambda raw: read.append(raw) or z_in, context)
+    torch.testing.assert_close(read[0], norm(x[:, 0], s, "norm"), rtol=1e-10, atol=1e-12)
     shift, scale = silu(linear(level, s, "adaln.linear")).chunk(2, dim=-1)
     expected = linear(z_in * (1 + scale) + shift, s, "head")
-    torch.testing.assert_close(shared.logits(z_in, level), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
 
 
 # -- initial weights -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("conditioned", [True, False])
-def test_initial_weights_do_not_depend_on_the_cut_nor_on_other_blocks(conditioned):
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_initial_weights_do_not_depend_on_the_cut_nor_on_other_blocks(is_plain):
     config = sizes()
 
     def build(layers, seed=3):
-        return weights_of(vit.build_block(config, layers, seed, CPU, conditioned=conditioned))
+        return weights_of(block_of(config, layers, seed, is_plain=is_plain))
 
     whole = build(range(6))
     for cut in ([range(2), range(2, 4), range(4, 6)], [range(1), range(1, 6)], [range(4, 6)]):
@@ -170,15 +167,15 @@ def test_initial_weights_do_not_depend_on_the_cut_nor_on_other_blocks(conditione
 
 def test_building_moves_no_global_generator():
     state = torch.get_rng_state()
-    vit.build_shared(sizes(), 0, CPU)
-    vit.build_block(sizes(), range(2), 0, CPU)
+    shared_of(sizes())
+    block_of(sizes(), range(2))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_without_a_seed_weights_have_their_shapes_only():
     config = sizes()
-    drawn = weights_of(vit.build_block(config, range(2, 4), 0, CPU))
-    empty = weights_of(vit.build_block(config, range(2, 4), None, CPU))
+    drawn = weights_of(block_of(config, range(2, 4)))
+    empty = weights_of(block_of(config, range(2, 4), None))
     assert {k: v.shape for k, v in drawn.items()} == {k: v.shape for k, v in empty.items()}
     assert all(v.device == CPU for v in empty.values())
 
@@ -190,8 +187,8 @@ def is_zero_at_first(name):
 @pytest.mark.parametrize("init", ["fan_in", "published"])
 def test_adaln_biases_and_the_conditioned_head_start_at_zero(init):
     config = sizes(init=init)
-    weights = weights_of(vit.build_shared(config, 0, CPU))
-    weights |= weights_of(vit.build_block(config, range(2), 0, CPU))
+    weights = weights_of(shared_of(config))
+    weights |= weights_of(block_of(config, range(2)))
     for name, value in weights.items():
         if "norm" in name:
             assert (value == (1 if name.endswith("weight") else 0)).all(), name
@@ -200,7 +197,7 @@ def test_adaln_biases_and_the_conditioned_head_start_at_zero(init):
 
 
 def test_the_plain_head_does_not_start_at_zero():
-    weights = weights_of(vit.build_plain_shared(sizes(), 0, CPU))
+    weights = weights_of(shared_of(sizes(), is_plain=True))
     assert weights["head.weight"].any()
     assert weights["class_token"].any()
     assert not weights["head.bias"].any()
@@ -210,12 +207,11 @@ WIDE = {"hidden_size": 192, "mlp_size": 320, "num_classes": 60}
 TRUNCATED = 0.8796  # standard deviation of a unit normal cut at two
 
 
-@pytest.mark.parametrize("conditioned", [True, False])
-def test_published_initial_weights_have_standard_deviation_0_02(conditioned):
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_published_initial_weights_have_standard_deviation_0_02(is_plain):
     config = sizes(init="published", **WIDE)
-    build = vit.build_shared if conditioned else vit.build_plain_shared
-    weights = weights_of(build(config, 0, CPU))
-    weights |= weights_of(vit.build_block(config, range(1), 0, CPU, conditioned=conditioned))
+    weights = weights_of(shared_of(config, is_plain=is_plain))
+    weights |= weights_of(block_of(config, range(1), is_plain=is_plain))
     for name, value in weights.items():
         if "norm" in name or not value.any():
             continue
@@ -223,13 +219,12 @@ def test_published_initial_weights_have_standard_deviation_0_02(conditioned):
         assert value.abs().max().item() > 0.04, f"{name} is not cut at two deviations"
 
 
-@pytest.mark.parametrize("conditioned", [True, False])
-def test_fan_in_initial_weights_keep_the_variance_of_their_inputs(conditioned):
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_fan_in_initial_weights_keep_the_variance_of_their_inputs(is_plain):
     config = sizes(init="fan_in", **WIDE)
-    build = vit.build_shared if conditioned else vit.build_plain_shared
     modules = [
-        build(config, 0, CPU),
-        vit.build_block(config, range(1), 0, CPU, conditioned=conditioned),
+        shared_of(config, is_plain=is_plain),
+        block_of(config, range(1), is_plain=is_plain),
     ]
     checked = 0
     for module in modules:
@@ -242,7 +237,7 @@ def test_fan_in_initial_weights_keep_the_variance_of_their_inputs(conditioned):
                 checked += 1
         for name, table in module.named_parameters(recurse=False):
             assert table.std().item() == pytest.approx(0.02, rel=0.25), name
-    assert checked == (7 if conditioned else 6)
+    assert checked == (6 if is_plain else 7)
 
 
 def test_patches_must_tile_the_image():
@@ -259,7 +254,7 @@ def test_recomputing_gives_the_same_outputs_and_gradients_and_keeps_less(dropout
     x, level = randn(4, 5, 24), randn(4, 4)
     results = []
     for recompute in (False, True):
-        block = randomize(vit.build_block(config, range(3), 0, CPU, recompute=recompute))
+        block = randomize(block_of(config, range(3), recompute=recompute))
         kept = []
 
         def pack(tensor, kept=kept):
@@ -284,10 +279,12 @@ def test_dropout_acts_in_training_only():
     x, level, images = randn(4, 5, 24), randn(4, 4), randn(4, 2, 8, 8)
 
     def run(config, training):
-        block = randomize(vit.build_block(config, range(2), 0, CPU)).train(training)
-        shared = randomize(vit.build_shared(config, 0, CPU)).train(training)
-        whole = randomize(vit.build_plain_shared(config, 0, CPU)).train(training)
-        return block(x, level), shared.embed(images, x[:, 0]), whole.embed(images)
+        block = randomize(block_of(config, range(2))).train(training)
+        shared = randomize(shared_of(config)).train(training)
+        whole = randomize(shared_of(config, is_plain=True)).train(training)
+        c_noise, no_state = torch.linspace(-1.0, 1.0, 4), x.new_zeros(4, 0)
+        tokens, _ = shared.embed(images, x[:, 0], c_noise)
+        return block(x, level), tokens, whole.embed(images, no_state, None)[0]
 
     for evaluated, without in zip(run(config, False), run(plain, True), strict=True):
         assert torch.equal(evaluated, without)
@@ -311,15 +308,15 @@ def test_attention_dropout_drops_attention_weights_at_its_rate(rate):
 
 
 def test_images_of_another_size_than_the_position_table_are_refused():
-    shared = vit.build_plain_shared(sizes(), 0, CPU)
+    shared = shared_of(sizes(), is_plain=True)
     with pytest.raises(RuntimeError):
-        shared.embed(randn(2, 2, 12, 12))
+        shared.embed(randn(2, 2, 12, 12), torch.zeros(2, 0), None)
 
 
 def test_layers_are_named_by_their_index_in_the_whole_model():
-    names = weights_of(vit.build_block(sizes(), range(4, 6), 0, CPU))
+    names = weights_of(block_of(sizes(), range(4, 6)))
     assert {name.split(".")[1] for name in names} == {"4", "5"}
-    plain = weights_of(vit.build_block(sizes(), range(4, 6), 0, CPU, conditioned=False))
+    plain = weights_of(block_of(sizes(), range(4, 6), is_plain=True))
     assert names.keys() - plain.keys() == {
         f"layers.{i}.adaln.linear.{leaf}" for i in (4, 5) for leaf in ("weight", "bias")
     }

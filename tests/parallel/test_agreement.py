@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from ranks import config_of
+from ranks import config_of, setup_of
 
-from dbdist.data import load_dataset
+from dbdist.data.sources import load_dataset
 from dbdist.errors import Fault, TopologyError
 from dbdist.parallel.agreement import digest_of, find_difference, flat
 from dbdist.parallel.layout import Layout, layout_of
@@ -96,7 +96,7 @@ def train_with_drift(rank, options, drifting):
     topology = rank.join(layout_of(config, rank.launch.world_size))
     topology.start_watch(60.0, lambda line: None)
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
-    trainer = Trainer(config, topology, *data)
+    trainer = Trainer(setup_of(config), topology, *data)
     step = trainer.train_step
 
     def drift(index):

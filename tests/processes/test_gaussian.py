@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from dbdist.errors import ConfigError
-from dbdist.processes.gaussian import NoiseSchedule
+from dbdist.processes.gaussian import Gaussian, NoiseSchedule
 
 
 def closed_form(fraction, p_mean=-1.2, p_std=1.2, low=0.002, high=80.0):
@@ -34,7 +34,8 @@ def test_boundaries_grid_and_ranges_agree_with_the_published_code(golden):
     schedule = NoiseSchedule(3)
     for num_steps in (2, 3, 4, 6, 12):
         expected = vectors[f"noise/grid/K{num_steps}"]
-        torch.testing.assert_close(schedule.grid(num_steps).float(), expected, rtol=1e-7, atol=0)
+        grid = torch.tensor(schedule.levels(num_steps))
+        torch.testing.assert_close(grid, expected, rtol=1e-7, atol=0)
     ranges = torch.tensor([schedule.block_range(b) for b in range(3)], dtype=torch.float64)
     torch.testing.assert_close(ranges, vectors["noise/range_gamma0.05"], rtol=1e-9, atol=0)
     stages = golden("stages/vectors")
@@ -76,7 +77,7 @@ def test_preconditioning_of_float32_is_computed_in_float64():
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_sampled_sigmas_are_uniform_in_cdf_inside_the_widened_range(block):
     schedule = NoiseSchedule(3)
-    sigma = schedule.sample_sigma(block, 20_000, torch.Generator().manual_seed(1))
+    sigma = schedule.sample_level(block, 20_000, torch.Generator().manual_seed(1))
     low, high = schedule.block_range(block)
     assert sigma.dtype == torch.float64
     assert sigma.min() >= low
@@ -103,47 +104,12 @@ def test_far_tails_keep_their_precision():
     np.testing.assert_allclose(schedule.boundaries, expected, rtol=1e-9)
 
 
-def test_grid_ends_and_steps():
-    schedule = NoiseSchedule(3)
-    for num_steps in (2, 5, 13):
-        grid = schedule.grid(num_steps)
-        assert grid[0].item() == 80.0
-        assert grid[-1].item() == 0.002
-        np.testing.assert_allclose(grid, closed_form(np.linspace(1, 0, num_steps)), rtol=1e-9)
-    assert schedule.grid(1).tolist() == [80.0]
-    started = schedule.grid(7, sigma_start=3.0)
-    assert started[0].item() == pytest.approx(3.0, rel=1e-12)
-    assert bool((started[1:] < started[:-1]).all())
-
-
-@pytest.mark.parametrize("partition", ["equal_probability", "uniform"])
-@pytest.mark.parametrize("num_blocks", [1, 2, 3, 4, 6])
-def test_every_block_takes_its_own_steps(num_blocks, partition):
-    schedule = NoiseSchedule(num_blocks, partition=partition)
-    low_edge = schedule.boundaries[-2].item()
-    for num_steps in range(num_blocks, 4 * num_blocks + 2):
-        for start in (None, low_edge * 1.001 if num_blocks > 1 else 0.5, 50.0):
-            owners = schedule.block_of_step(num_steps, start)
-            assert sorted(set(owners)) == list(range(num_blocks))
-            assert owners == sorted(owners)
-            for owner, sigma in zip(owners, schedule.grid(num_steps, start).tolist(), strict=True):
-                edges = schedule.boundaries.tolist()[
-                    num_blocks - 1 - owner : num_blocks - owner + 1
-                ]
-                assert edges[0] * (1 - 1e-7) <= sigma <= edges[1] * (1 + 1e-7)
-
-
-def test_a_grid_point_on_a_boundary_belongs_to_the_lower_noise_block():
-    assert NoiseSchedule(3).block_of_step(4) == [0, 1, 2, 2]
-    assert NoiseSchedule(2).block_of_step(3) == [0, 1, 1]
-
-
 def test_uniform_partition_has_equal_log_lengths():
     schedule = NoiseSchedule(4, partition="uniform", overlap=0.0)
     lengths = schedule.boundaries.log().diff()
     torch.testing.assert_close(lengths, lengths[:1].expand(4))
     generator = torch.Generator().manual_seed(0)
-    assert schedule.sample_sigma(0, 100, generator).min() >= schedule.boundaries[-2]
+    assert schedule.sample_level(0, 100, generator).min() >= schedule.boundaries[-2]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +128,11 @@ def test_bounds_that_leave_nothing_to_sample_are_refused_by_name(values, word):
         NoiseSchedule(3, **values)
 
 
-def test_a_start_below_block_0_is_refused():
-    with pytest.raises(ConfigError, match="sigma_start"):
-        NoiseSchedule(3).block_of_step(6, sigma_start=0.1)
+@pytest.mark.parametrize("shape", [(3,), (2, 4, 4), (5, 3)])
+def test_a_corrupted_state_is_the_clean_one_plus_sigma_times_noise(float64, shape):
+    generator = torch.Generator().manual_seed(0)
+    z0, noise = torch.randn(2, 4, *shape, generator=generator)
+    sigma = torch.rand(4, generator=generator)
+    z = Gaussian(NoiseSchedule(3)).corrupt(z0, sigma, noise)
+    for i in range(4):
+        torch.testing.assert_close(z[i], z0[i] + sigma[i].item() * noise[i], rtol=1e-15, atol=0)

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 import pytest
 
 from dbdist.config.config import Config
-from dbdist.config.options import ModelConfig, TrainConfig
+from dbdist.config.options import TrainConfig
 from dbdist.errors import ConfigError
+from dbdist.models.options import ViTOptions
 from dbdist.parallel.layout import Layout
 from dbdist.parallel.topology import Topology
 from dbdist.run import lock as run_lock
@@ -115,7 +116,7 @@ def test_training_is_refused_before_anything_is_written(tmp_path):
     config = Config(
         mode="sequential",
         run_dir=str(run_dir),
-        model=ModelConfig(num_layers=3),
+        model=ViTOptions(num_layers=3),
         train=TrainConfig(max_steps=2),
     )
     with another_job(run_dir, [1]) as (job, _):

@@ -1,9 +1,9 @@
 """What a rank records between two lines of metrics."""
 
 import torch
-from ranks import config_of
+from ranks import config_of, setup_of
 
-from dbdist.data import load_dataset
+from dbdist.data.sources import load_dataset
 from dbdist.parallel.layout import Layout
 from dbdist.parallel.topology import Topology
 from dbdist.training.records import StepResult
@@ -13,7 +13,7 @@ from dbdist.training.trainer import Trainer
 def build_trainer(tmp_path):
     config = config_of(f"run_dir={tmp_path}", "mode=sequential", "train.max_steps=4")
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
-    return Trainer(config, Topology(Layout(1)), *data)
+    return Trainer(setup_of(config), Topology(Layout(1)), *data)
 
 
 def test_a_record_has_means_over_steps_and_samples_under_the_tasks_names(tmp_path):

@@ -6,9 +6,9 @@ processes.
 
 import time
 
-from ranks import config_of
+from ranks import config_of, setup_of
 
-from dbdist.data import load_dataset
+from dbdist.data.sources import load_dataset
 from dbdist.parallel.layout import Layout, layout_of
 from dbdist.training.trainer import Trainer
 
@@ -20,7 +20,7 @@ def train_slowly(rank, options):
     config = config_of(*options)
     topology = rank.join(layout_of(config, rank.launch.world_size))
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
-    trainer = Trainer(config, topology, *data)
+    trainer = Trainer(setup_of(config), topology, *data)
     step = trainer.train_step
 
     def slow_step(index):

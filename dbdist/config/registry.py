@@ -1,0 +1,95 @@
+"""What can be named in a configuration: tasks, models, processes and data sets.
+
+An entry says where a thing's options and its code are, as "module:Class". Both are imported only
+when the name is used, so a configuration is parsed and checked without torch.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any
+
+from dbdist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """Where to find a thing that a configuration names."""
+
+    options: str
+    """Its section of the configuration: a frozen dataclass, "module:Class"."""
+    code: str
+    """What it does: for data the functions `spec`, `load` and `prepare` of a module or class."""
+
+    @property
+    def options_class(self) -> type[Any]:
+        """The dataclass of its options."""
+        return resolve_name(self.options)
+
+    def load(self) -> Any:
+        """Imports the code."""
+        return resolve_name(self.code)
+
+
+_IMAGES = Plugin("dbdist.data.options:ImageOptions", "dbdist.data.sets")
+
+TASKS: dict[str, Plugin] = {
+    "classification": Plugin(
+        "dbdist.tasks.options:ClassificationOptions", "dbdist.tasks.classification:Classification"
+    ),
+}
+MODELS: dict[str, Plugin] = {
+    "vit": Plugin("dbdist.models.options:ViTOptions", "dbdist.models.vit:ViT"),
+}
+PROCESSES: dict[str, Plugin] = {
+    "gaussian": Plugin(
+        "dbdist.processes.options:GaussianOptions", "dbdist.processes.gaussian:Gaussian"
+    ),
+    "direct": Plugin("dbdist.processes.options:DirectOptions", "dbdist.processes.direct:Direct"),
+}
+DATASETS: dict[str, Plugin] = {
+    name: _IMAGES
+    for name in ("digits", "mnist5k", "cifar10", "cifar100", "tiny-imagenet", "image_folder")
+}
+SECTIONS: Mapping[str, dict[str, Plugin]] = {
+    "model": MODELS,
+    "data": DATASETS,
+    "noise": PROCESSES,
+    "task": TASKS,
+}
+"""Sections of the configuration whose `name` chooses their other keys."""
+
+
+def find(section: str, name: object) -> Plugin:
+    """The entry that a section's name means; ConfigError for a name that nothing has."""
+    known = SECTIONS[section]
+    if isinstance(name, str) and name in known:
+        return known[name]
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+    raise ConfigError(f"{section}.name is {name!r}, which no {section} has{hint}")
+
+
+def section_classes(names: Mapping[str, str]) -> dict[str, type[Any]]:
+    """The class of each section, for the names that were given; the task's defaults fill the rest.
+
+    names: section -> its `name`. The sampler's keys are the task's.
+    """
+    task = find("task", names.get("task", "classification")).options_class
+    wanted = {
+        section: names.get(section) or task.defaults.get(f"{section}.name")
+        for section in ("model", "data", "noise")
+    }
+    classes = {section: find(section, name).options_class for section, name in wanted.items()}
+    return {**classes, "task": task, "sampler": task.sampler}
+
+
+def default_section(section: str, names: Mapping[str, str] | None = None) -> Any:
+    """A section with the defaults of its class and of the task, as far as the class has them."""
+    classes = section_classes(names or {})
+    known = {f"{section}.{field.name}" for field in dataclasses.fields(classes[section])}
+    defaults = classes["task"].defaults.items()
+    given = {key.partition(".")[2]: value for key, value in defaults if key in known}
+    return classes[section](**given)

@@ -1,0 +1,30 @@
+"""A configured data set, by its registered name: its spec, its samples, its files.
+
+The code behind a name has three functions: `dataset_spec(options)`, `load_dataset(options, split)`
+and `prepare(options)`.
+"""
+
+from typing import Any, Literal
+
+from dbdist.config import registry
+from dbdist.config.options import DataOptions
+from dbdist.data.base import Dataset
+
+
+def dataset_spec(options: DataOptions) -> Any:
+    """What a model must know of the data set, without reading its samples. Raises DataError."""
+    return _code(options).dataset_spec(options)
+
+
+def load_dataset(options: DataOptions, split: Literal["train", "test"]) -> Dataset:
+    """A split of the data set, whose files must be there. Raises DataError."""
+    return _code(options).load_dataset(options, split)
+
+
+def prepare(options: DataOptions) -> None:
+    """Makes sure that the files are there, for one process a node. Raises DataError."""
+    _code(options).prepare(options)
+
+
+def _code(options: DataOptions) -> Any:
+    return registry.find("data", options.name).load()

@@ -1,0 +1,61 @@
+"""Options of the tasks. No torch here: a configuration is read and checked without it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from dbdist.config.options import SamplerOptions, TaskOptions
+from dbdist.errors import ConfigError
+from dbdist.processes.options import GaussianSamplerOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationSamplerOptions(GaussianSamplerOptions):
+    """How the chain of blocks turns an image into a class."""
+
+    start: Literal["mean", "noise"] = "mean"
+    """First z: zero, the mean of what could be drawn, or Gaussian noise of the starting level."""
+    label_table: Literal["normalized", "raw"] = "normalized"
+    """Label embeddings in the denoised state: unit length as in training, or raw as published."""
+    readout: Literal["last", "all"] | tuple[int, ...] = "all"
+    """Blocks whose last class probabilities are averaged into the answer."""
+
+    def readout_blocks(self, num_blocks: int) -> tuple[int, ...]:
+        """Blocks whose probabilities make the answer, ascending."""
+        if self.readout == "last":
+            return (num_blocks - 1,)
+        if self.readout == "all":
+            return tuple(range(num_blocks))
+        return tuple(sorted(set(self.readout)))
+
+    def check_blocks(self, num_blocks: int) -> None:
+        super().check_blocks(num_blocks)
+        readers = self.readout_blocks(num_blocks)
+        if not readers or not set(readers) <= set(range(num_blocks)):
+            raise ConfigError(
+                f"sampler.readout is {self.readout}; allowed are last, all or a list of blocks "
+                f"0..{num_blocks - 1}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationOptions(TaskOptions):
+    """Denoise the label embedding of an image."""
+
+    sampler: ClassVar[type[SamplerOptions]] = ClassificationSamplerOptions
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "model.name": "vit",
+        "noise.name": "gaussian",
+        "data.name": "digits",
+        "noise.p_mean": 0.5,  # label embeddings have length 1; measured best on mnist5k
+    }
+    has_plain_control: ClassVar[bool] = True
+
+    name: str = "classification"
+    """Task: the class of an image."""
+    weighting: Literal["none", "per_sample", "published"] = "none"
+    """Loss: mean cross-entropy; times the EDM weight of each sample's sigma; or, as published,
+    mean cross-entropy times mean weight (of each part of an accumulated or replicated batch)."""
+    condition_dropout: float = 0.0
+    """Probability of replacing a training image by zeros, the unconditional input of guidance; 0 to
+    1."""
