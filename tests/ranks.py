@@ -98,7 +98,7 @@ class RankPool:
         for process, pipe in self._workers[:world_size]:
             try:
                 if pipe.poll(max(0.1, deadline - time.monotonic())):
-                    answers.append(pipe.recv())
+                    answers.append(pickle.loads(pipe.recv_bytes()))
                 else:
                     answers.append((False, f"no answer within {timeout_s} s (pid {process.pid})"))
             except EOFError:
@@ -123,7 +123,7 @@ def serve(pipe: Connection) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         gc.collect()  # trainers are cycles that keep gloo's threads
-        pipe.send(answer)
+        pipe.send_bytes(pickle.dumps(answer))  # whole: shared memory needs a common parent
 
 
 def config_of(*options: str) -> Config:
