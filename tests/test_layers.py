@@ -13,7 +13,8 @@ SOURCES = {
 }
 LEVELS: list[set[str]] = [
     {"errors", "seeds", "version", "whole_files"},
-    {"config", "data", "models", "processes"},
+    {"config"},
+    {"data", "models", "processes"},
     {"tasks", "build"},
     {"parallel", "checkpoint", "monitor"},
     {"sampling", "run"},

@@ -45,8 +45,8 @@ def levels_of(partition: "Partition | None") -> Levels | None:
     import torch
 
     is_log = partition.is_log
-    ends = [math.log(x) if is_log else x for x in (partition.lowest, partition.highest)]
-    places = torch.linspace(*ends, CURVE_POINTS, dtype=torch.float64)
+    low, high = (math.log(x) if is_log else x for x in (partition.lowest, partition.highest))
+    places = torch.linspace(low, high, CURVE_POINTS, dtype=torch.float64)
     edges = (places.exp() if is_log else places).tolist()
     below = [partition.fraction_of(edge) for edge in edges]
     return Levels(
