@@ -11,6 +11,7 @@ from torch import nn
 
 from dbdist.config import registry
 from dbdist.config.config import Config
+from dbdist.errors import ConfigError
 from dbdist.models.base import Block, Model, build_block, build_shared, materialise
 from dbdist.models.denoiser import Denoiser
 from dbdist.processes.base import Process
@@ -74,8 +75,14 @@ def build_setup(config: Config, spec: Any) -> Setup:
     task_class = registry.find("task", config.task.name).load()
     model_class = registry.find("model", config.model.name).load()
     process = build_process(config)
-    model = task_class.build_model(config, spec, model_class)
-    task = task_class.of(config, spec, model, process)
+    try:
+        model = task_class.build_model(config, spec, model_class)
+        task = task_class.of(config, spec, model, process)
+    except (AttributeError, TypeError) as error:  # of a spec or a model of another kind
+        raise ConfigError(
+            f"task {config.task.name}, model {config.model.name} and data {config.data.name} do "
+            f"not fit together ({error}); choose others with task.name, model.name, data.name"
+        ) from None
     return Setup(config, spec, task, model, process)
 
 

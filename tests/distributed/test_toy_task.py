@@ -1,0 +1,115 @@
+"""A task of two files, registered by a test, does all that classification does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import setup_of
+from reading import hashes_of
+from toy import points_task
+
+import dbdist
+from dbdist.commands.export import export
+from dbdist.config.config import Config
+from dbdist.config.parse import parse_config
+from dbdist.errors import ConfigError
+from dbdist.inference.of_run import evaluate_run, layout_for_evaluation
+from dbdist.parallel.layout import layout_of
+from dbdist.training.setup import train
+
+points_task.register()
+
+
+def config_of(run_dir: Path, *options: str) -> Config:
+    points_task.register()
+    base = (
+        "task.name=points model.num_layers=3 train.batch_size=16 train.max_steps=40 train.lr=0.01 "
+        "train.ema_decay=0.5 checkpoint.every_steps=20 checkpoint.keep_last=5 train.log_every=20 "
+        f"eval.batch_size=20 eval.micro_batch_size=7 run_dir={run_dir}"
+    )
+    words = [f"--{option}" for option in (*base.split(), *options)]
+    return parse_config("test", "", words).validate()
+
+
+def train_rank(rank, run_dir, options):
+    config = config_of(run_dir, *options)
+    return train(config, rank.join(layout_of(config, rank.launch.world_size)))
+
+
+def evaluate_rank(rank, run_dir, options):
+    config = config_of(run_dir, *options)
+    return evaluate_run(config, rank.join(layout_for_evaluation(config, rank.launch.world_size)))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [
+        (3, ()),
+        (3, ("parallel.coordinator=sharded",)),
+        (4, ("parallel.coordinator=dedicated",)),
+        (3, ("parallel.sync=every", "parallel.sync_every=5")),
+        (3, ("parallel.sync=never",)),
+        (4, ("model.num_blocks=2", "model.num_layers=4", "parallel.replicas=2")),
+        (
+            4,
+            (
+                "model.num_blocks=2",
+                "model.num_layers=4",
+                "parallel.replicas=2",
+                "parallel.replica_engine=fsdp",
+            ),
+        ),
+    ],
+    ids=["step", "sharded", "dedicated", "every", "never", "ddp", "fsdp"],
+)
+def test_it_trains_resumes_bit_for_bit_evaluates_and_exports(ranks, tmp_path, world_size, options):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    evaluation = ranks.run(world_size, train_rank, whole, options)[0]
+    ranks.run(world_size, train_rank, parts, (*options, "train.max_steps=20"))
+    ranks.run(world_size, train_rank, parts, options)
+    assert hashes_of(whole, 40) == hashes_of(parts, 40)
+
+    start = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
+    assert "train/squared_error/block0" in start
+    written = json.loads((whole / "evaluation.json").read_text())
+    assert written["mse"] == written["mse_after_block"][-1] < 0.5
+    assert len(written["mse_of_block"]) == config_of(whole, *options).num_blocks
+
+    alone = ranks.run(1, evaluate_rank, whole, options)[0]
+    assert alone.value == pytest.approx(evaluation.value, rel=1e-5)
+    assert alone.figures["mse_of_block"] == pytest.approx(written["mse_of_block"], rel=1e-5)
+
+    config = config_of(whole, *options)
+    export(config, tmp_path / "out")
+    model = dbdist.load(tmp_path / "out")
+    test_set = points_task.load_dataset(points_task.PointsOptions(), "test")
+    batch = test_set.__getitems__(list(range(len(test_set))))
+    mse = (model(batch) - batch["target"]).square().sum(dim=-1).mean().item()
+    assert mse == pytest.approx(evaluation.value, rel=1e-4)
+
+
+def test_its_odd_tensors_are_what_the_model_says_after_training(ranks, tmp_path):
+    """Buffer and frozen parameter stay; a tied weight is one; a Linear called norm… is random."""
+    ranks.run(3, train_rank, tmp_path, ())
+    export(config_of(tmp_path), tmp_path / "out")
+    shared = dbdist.load(tmp_path / "out")._answer.denoisers[0].shared
+    assert torch.equal(shared.frequencies, 2.0 ** torch.arange(8))
+    assert shared.scale.item() == 0.5
+    assert shared.mix_out.weight is shared.mix_in.weight
+    fresh = setup_of(config_of(tmp_path)).shared(0, torch.device("cpu"))
+    assert fresh.normalize_in.weight.std() > 0.1
+    assert fresh.mix_out.weight is fresh.mix_in.weight
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (("model.name=vit",), "do not fit together"),
+        (("data.name=digits",), "task points needs points of the plane"),
+        (("task.name=classification", "model.name=points_mlp"), "do not fit together"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_any_process_group(tmp_path, options, match):
+    with pytest.raises(ConfigError, match=match):
+        setup_of(config_of(tmp_path, *options))
