@@ -106,7 +106,7 @@ def test_its_odd_tensors_are_what_the_model_says_after_training(ranks, tmp_path)
     ("options", "match"),
     [
         (("model.name=vit",), "do not fit together"),
-        (("data.name=digits",), "task points needs points of the plane"),
+        (("data.name=digits",), "do not fit together"),
         (("task.name=classification", "model.name=points_mlp"), "do not fit together"),
     ],
 )
