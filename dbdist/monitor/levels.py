@@ -29,10 +29,6 @@ class Levels:
     def num_blocks(self) -> int:
         return len(self.ranges)
 
-    def on_axis(self, level: float) -> float:
-        """Where a level stands on the axis that shows it."""
-        return math.log(level) if self.is_log else level
-
 
 def levels_of(partition: "Partition | None") -> Levels | None:
     """How the monitor shows these levels; None without levels.

@@ -144,6 +144,7 @@ def open_monitor(setup: Setup, topology: Topology, trainer: Trainer) -> Monitor:
             blocks=config.trained_blocks,
             is_in_step=config.parallel.sync == "step" and config.trained_blocks is None,
             config=asdict(config),
+            form=setup.task.main.form,
         )
     except OSError as error:
         raise ConfigError(
