@@ -1,17 +1,18 @@
-"""Command lines: `dbdist train|evaluate|plan|export|merge|…`, `python -m dbdist.train`, …
+"""The console script: `dbdist train|evaluate|plan|export|merge|…`.
 
-Parses with jsonargparse, and turns every mistake of a user into one line and exit code 2.
+Imports a command when it is asked for, so that --help, --version and configs answer at once.
 """
 
 import sys
 
-from dbdist.commands.command_line import fail
-from dbdist.config.parse import unknown
+from dbdist.commands.command_line import fail, print_anything
+from dbdist.config.nearest import unknown
 
 COMMANDS = {
     "train": "train the blocks of a model, one per rank (torchrun), or a whole model in one "
     "process",
     "evaluate": "score a run's checkpoint on the test set, through the chain or in one process",
+    "configs": "list the configurations that come with dbdist, or write one here for editing",
     "plan": "show which block would go on which GPUs of which node, what it needs there, and what "
     "to type",
     "check-data": "open every picture once and list what cannot be used",
@@ -22,8 +23,9 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The console script."""
+    """Runs a command; without one, shows which there are."""
     argv = sys.argv[1:] if argv is None else argv
+    print_anything()
     if not argv or argv[0] in ("-h", "--help"):
         lines = [f"  {name:<18}{text}" for name, text in COMMANDS.items()]
         print("usage: dbdist COMMAND [--help] …\n\ncommands:\n" + "\n".join(lines))
@@ -38,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
         from dbdist.train import main as run
     elif command == "evaluate":
         from dbdist.evaluate import main as run
+    elif command == "configs":
+        from dbdist.commands.configs import main as run
     elif command == "plan":
         from dbdist.commands.plan import main as run
     elif command == "check-data":
@@ -49,5 +53,5 @@ def main(argv: list[str] | None = None) -> None:
     elif command == "import-published":
         from dbdist.commands.import_published import main as run
     else:
-        fail("dbdist", unknown("command", command, list(COMMANDS)))
+        fail("dbdist", unknown("command", command, COMMANDS))
     run(rest)

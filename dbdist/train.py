@@ -1,17 +1,26 @@
-"""`torchrun … -m dbdist.train --config FILE`: trains, or continues where the run directory left
-off."""
+"""`torchrun … -m dbdist.train CONFIG`: trains, or continues where the run directory left off.
+
+CONFIG is a YAML file or the name of a preset (`dbdist configs`); options come after it, and win.
+From Python: `dbdist.train(CONFIG, train__lr=1e-3)`.
+"""
 
 import sys
 from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
-from dbdist.commands.command_line import guarded, say, without_local_rank
-from dbdist.config.parse import parse_config
+from dbdist.commands.command_line import (
+    guarded,
+    print_anything,
+    say,
+    with_first,
+    without_local_rank,
+)
 from dbdist.parallel.launch import Launch
-from dbdist.parallel.layout import layout_of
-from dbdist.parallel.session import facts_of, joined
-from dbdist.training.setup import train
+
+if TYPE_CHECKING:
+    from dbdist.config.config import Config
+    from dbdist.sampling.evaluation import Evaluation
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -19,7 +28,36 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str]) -> None:
-    config = parse_config("dbdist train", __doc__ or "", without_local_rank(argv)).validate()
+    from dbdist.config.parse import parse_config
+
+    words = with_first("--config", without_local_rank(argv))
+    _train(parse_config("dbdist train", __doc__ or "", words), hears_signals=True)
+
+
+def train(config: object, **overrides: Any) -> "Evaluation | None":
+    """Trains a configuration, in this process or as one rank of a launcher's.
+
+    config: a path, the name of a preset, a mapping or a `Config`. overrides: values that win, by
+    dotted key: `train__lr=1e-3`, or `**{"train.lr": 1e-3}`. Returns the evaluation of the trained
+    model; None if the run was asked to stop, or trains only some blocks. Collective. Raises a
+    `dbdist.errors.UserError` or `Fault`.
+    """
+    from dbdist.config.parse import make_config
+    from dbdist.parallel.session import leaving_no_group
+
+    print_anything()
+    is_launched = Launch.from_environment().world_size > 1
+    with leaving_no_group():
+        return _train(make_config(config, overrides), hears_signals=is_launched)
+
+
+def _train(config: "Config", *, hears_signals: bool) -> "Evaluation | None":
+    """hears_signals: a signal saves and stops; after an error the process must end."""
+    config.validate()
+
+    from dbdist.parallel.layout import layout_of
+    from dbdist.parallel.session import facts_of, joined
+    from dbdist.training import setup
 
     launch = Launch.from_environment()
     layout = layout_of(config, launch.world_size)
@@ -29,8 +67,17 @@ def run(argv: list[str]) -> None:
         settings(config, layout.num_replicas)  # raises before anybody is waited for
     tell = partial(say, "dbdist train")
     with joined(config, layout, launch, facts_of(config), tell, config.trained_blocks) as topology:
-        train(config, topology, tell)
+        return setup.train(config, topology, tell if hears_signals else None)
 
+
+class _Callable(ModuleType):
+    """This module, which is `dbdist.train` too: called, it trains."""
+
+    def __call__(self, config: object, **overrides: Any) -> "Evaluation | None":
+        return train(config, **overrides)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
-    record(main)()
+    main()

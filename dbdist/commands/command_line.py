@@ -1,20 +1,27 @@
-"""What every command line shares: one line for a mistake, exit codes, help."""
+"""What every command line shares: one line for a mistake, exit codes, words that mean files."""
 
 import argparse
+import faulthandler
 import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dbdist.errors import ConfigError, Fault, UserError
-from dbdist.parallel.launch import Launch
+from dbdist.parallel import reports
+from dbdist.parallel.launch import Launch, current_launch, error_file
 
 
 def fail(prog: str, message: object, code: int = 2) -> NoReturn:
-    """One line on stderr and an exit code; after a user's mistake, processes of one launcher wait
-    for each other, so that it stops none of them before its line."""
+    """Ends this process with one line on stderr and an exit code.
+
+    After a user's mistake, processes of one launcher wait for each other, so that it stops none of
+    them before its line.
+    """
     say(prog, f"error: {message}")
+    if (path := error_file()) is not None:
+        reports.write_line(path, _one_line(prog, f"error: {message}"))
     if code == 2:
         current_launch().leave_together()
     # No interpreter shutdown: a process group that lost its peers must not hold the exit code back.
@@ -25,12 +32,16 @@ def fail(prog: str, message: object, code: int = 2) -> NoReturn:
 
 def say(prog: str, message: object) -> None:
     """One line on stderr, with the rank where there are several."""
-    text = " ".join(str(message).split())
-    launch = current_launch()
-    rank = f"[r{launch.rank}] " if launch.world_size > 1 else ""
+    line = f"{_one_line(prog, message)}\n".encode(errors="backslashreplace")
     with suppress(OSError):  # nobody listens any more, which must not keep anybody from ending
         sys.stderr.flush()
-        os.write(2, f"{rank}{prog}: {text}\n".encode())  # at once: ranks share the terminal
+        os.write(2, line)  # at once: ranks share the terminal
+
+
+def _one_line(prog: str, message: object) -> str:
+    launch = current_launch()
+    rank = f"[r{launch.rank}] " if launch.world_size > 1 else ""
+    return f"{rank}{prog}: {' '.join(str(message).split())}"
 
 
 def guarded(
@@ -40,6 +51,11 @@ def guarded(
 ) -> None:
     """Runs a command; a UserError ends it with one line and exit code 2, a Fault with 1, Ctrl-C
     with 130 and a line that says `interrupted`."""
+    print_anything()
+    path = error_file()
+    if path is not None:
+        with suppress(OSError, ValueError):  # no stderr of its own
+            faulthandler.enable()
     try:
         run()
     except UserError as error:
@@ -50,6 +66,22 @@ def guarded(
         if current_launch().rank == 0:
             print(f"\n{prog}: interrupted; {interrupted}", file=sys.stderr)
         os._exit(130)
+    except Exception as error:
+        if path is not None:
+            reports.write_traceback(path, error)
+        raise
+
+
+def print_anything() -> None:
+    """From here on, a letter that the terminal cannot show is printed as its number."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError, OSError):  # replaced by a notebook, or closed
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def with_first(option: str, argv: list[str]) -> list[str]:
+    """The same with a leading word as the value of an option: `RUN` for `--run_dir RUN`."""
+    return [option, *argv] if argv and not argv[0].startswith("-") else argv
 
 
 def without_local_rank(argv: list[str]) -> list[str]:
@@ -57,8 +89,6 @@ def without_local_rank(argv: list[str]) -> list[str]:
 
     Raises ConfigError where N is not the environment's LOCAL_RANK, which is what counts.
     """
-    from dbdist.parallel.launch import Launch
-
     words, given = [*argv], None
     for i, word in enumerate(argv):
         name, is_joined, value = word.partition("=")
@@ -74,17 +104,17 @@ def without_local_rank(argv: list[str]) -> list[str]:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, its complaints in one line."""
+    """argparse with its complaints in one line, and `~` as the home folder in every word."""
 
     def error(self, message: str) -> NoReturn:
         fail(self.prog, f"{message}; see --help")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([with_home(word) for word in words], namespace)
 
-def current_launch() -> "Launch":
-    """This process among those the launcher started; a process alone if that cannot be told."""
-    from dbdist.parallel.launch import Launch
 
-    try:
-        return Launch.from_environment()
-    except UserError:
-        return Launch(0, 1, 0, 1)
+def with_home(word: str) -> str:
+    """`~/x`, `--out=~/x` and `0=~/x` with the home folder in place of `~`."""
+    name, is_joined, path = word.partition("=~")
+    return f"{name}={os.path.expanduser(f'~{path}')}" if is_joined else os.path.expanduser(word)

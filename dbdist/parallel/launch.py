@@ -1,7 +1,8 @@
-"""What the launcher told this process, whichever it was: its rank, its node, where all ranks meet.
+"""What the launcher says to this process: its rank, its node, where all ranks meet.
 
-torchrun, accelerate (it runs torchrun's agent) and the DeepSpeed launcher tell the same under
-different names: this is the one place that reads them.
+torchrun, accelerate (it runs torchrun's agent) and the DeepSpeed launcher say the same under
+different names: this is the one place that reads them. torch is imported where ranks meet, so that
+a command that needs none starts at once.
 """
 
 import os
@@ -14,10 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from dbdist.errors import TopologyError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,14 @@ class Launch:
             fills_its_node,
         )
 
-    def store(self, timeout_s: float) -> dist.Store:
+    def store(self, timeout_s: float) -> "dist.Store":
         """The launcher's key-value store, under a prefix that only this start of the world has: a
         restarted world must not read the addresses of the one before.
 
         Raises TopologyError when the ranks have not met in time; rank 0 says who is missing.
         """
+        import torch.distributed as dist
+
         try:
             store = self._launchers_store(timeout_s)
             return dist.PrefixStore(self._meet(store, timeout_s), store)
@@ -96,11 +101,13 @@ class Launch:
                 f"{str(error).splitlines()[0]}"
             ) from None
 
-    def _launchers_store(self, timeout_s: float) -> dist.Store:
+    def _launchers_store(self, timeout_s: float) -> "dist.Store":
+        import torch.distributed as dist
+
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
         return store
 
-    def _meet(self, store: dist.Store, timeout_s: float) -> str:
+    def _meet(self, store: "dist.Store", timeout_s: float) -> str:
         """A name for this start, the same on every rank. Rank 0 invents it and sends it in answer
         to each rank's own new name; what an earlier start has left in the store answers nobody."""
         name = uuid.uuid4().hex
@@ -128,19 +135,24 @@ class Launch:
 
     @staticmethod
     def command(module: str) -> str:
-        """What was typed to start this process, or its launcher where that can be told."""
-        own = f"python -m {module}"
+        """What to type to start this process, or its launcher where that is known, once more.
+
+        module: run by `python -m` where this process is not the `dbdist` command.
+        """
         with suppress(OSError):
-            words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
-            names = [Path(word).name for word in words]
-            for start, name in enumerate(names[:3]):
-                if name in ("torchrun", "accelerate"):
-                    return shlex.join([name, *words[start + 1 :]])
-                if name == "torch.distributed.run":
-                    return shlex.join(["torchrun", *words[start + 1 :]])
-        if "WORLD_SIZE" in os.environ:
-            own = f"the launcher's command with -m {module}"
-        return f"{own} {shlex.join(sys.argv[1:])}"
+            parent = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="surrogateescape")
+            if launcher := _launcher(parent.split("\0")[:-1]):
+                return shlex.join(launcher)
+        script, *options = sys.argv
+        name = Path(script).name
+        if name == "dbdist":
+            own = [name]
+        elif name in (f"{module.rpartition('.')[2]}.py", "-m"):
+            own = ["python", "-m", module]
+        else:  # Python code of a user, which calls dbdist.train(…)
+            own = ["python", script]
+        others = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+        return ("the launcher's command with: " if others else "") + shlex.join([*own, *options])
 
     def leave_together(self, seconds: float = 5.0) -> None:
         """Waits until every rank is about to leave because of a user's mistake; gives up after
@@ -148,6 +160,8 @@ class Launch:
         by themselves, each with its message and exit code."""
         if self.world_size == 1:
             return
+        import torch.distributed as dist
+
         with suppress(ValueError):  # only a main thread may
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         deadline = time.monotonic() + seconds
@@ -158,6 +172,35 @@ class Launch:
                 store.add(key, 1)
                 while waits and store.add(key, 0) < self.world_size and time.monotonic() < deadline:
                     time.sleep(0.02)
+
+
+def current_launch() -> Launch:
+    """This process among those of its launcher; a process alone where that cannot be known."""
+    try:
+        return Launch.from_environment()
+    except TopologyError:
+        return Launch(0, 1, 0, 1)
+
+
+def error_file() -> str | None:
+    """Where the launcher wants to read why this process failed, if it does."""
+    return os.environ.get("TORCHELASTIC_ERROR_FILE") or None
+
+
+LAUNCHERS = {
+    "torchrun": ["torchrun"],
+    "torch.distributed.run": ["torchrun"],
+    "accelerate": ["accelerate"],
+    "accelerate.commands.launch": ["accelerate", "launch"],
+}
+
+
+def _launcher(words: list[str]) -> list[str]:
+    """The command of a launcher among the first words of a process; nothing for another program."""
+    for start, word in enumerate(words[:3]):
+        if (command := LAUNCHERS.get(Path(word).name)) is not None:
+            return [*command, *words[start + 1 :]]
+    return []
 
 
 def _variable(*names: str) -> str:

@@ -3,8 +3,8 @@
     torchrun --rdzv-backend=loopback --nproc_per_node=3 -m dbdist.train …
 
 torchrun's own (`--standalone`) listens on every interface, unauthenticated. torchrun finds this one
-by the entry point `torchrun.handlers`, and imports it in each of its runs: so nothing else of
-dbdist is imported here.
+by the entry point `torchrun.handlers`, and imports it in each of its runs: so of dbdist nothing
+but `reports` is imported here.
 """
 
 import socket
@@ -17,6 +17,8 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousParameters,
     RendezvousStoreInfo,
 )
+
+from dbdist.parallel.reports import shorten
 
 ADDRESS = "127.0.0.1"
 
@@ -64,5 +66,6 @@ class Loopback(RendezvousHandler):
 
 
 def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
-    """What torchrun calls by the entry point."""
+    """What torchrun calls by the entry point, in each of its runs."""
+    shorten()
     return Loopback

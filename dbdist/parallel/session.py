@@ -73,6 +73,17 @@ def joined(
     topology.close()
 
 
+@contextmanager
+def leaving_no_group() -> Iterator[None]:
+    """Ends the process group after an error, so that this process can join another one."""
+    try:
+        yield
+    except BaseException:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise
+
+
 def _is_of_connection(error: Exception) -> bool:
     if isinstance(error, dist.DistError):
         return True

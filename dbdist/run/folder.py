@@ -156,13 +156,18 @@ def last_schedule_step(config: Config, num_train: int) -> int | None:
     return config.train.schedule_steps or config.max_steps(num_train)
 
 
-def config_of_run(prog: str, description: str, argv: list[str]) -> Config:
-    """RUN/config.yaml with the command line's changes. Raises ConfigError where there is no run."""
-    run_dir = parse_config(prog, description, argv).run_dir
-    if read_config(Path(run_dir)) is None:
+def config_file_of(run_dir: Path) -> Path:
+    """RUN/config.yaml. Raises ConfigError where there is no run."""
+    if read_config(run_dir) is None:
         raise ConfigError(
             f"{run_dir} holds no run (config.yaml is missing); give --run_dir of a trained one"
         )
-    own = ["--config", str(Path(run_dir) / "config.yaml")]
+    return run_dir / "config.yaml"
+
+
+def config_of_run(prog: str, description: str, argv: list[str]) -> Config:
+    """RUN/config.yaml with the command line's changes. Raises ConfigError where there is no run."""
+    run_dir = parse_config(prog, description, argv).run_dir
+    own = ["--config", str(config_file_of(Path(run_dir)))]
     config = parse_config(prog, description, argv, first=own)
     return dataclasses.replace(config, run_dir=run_dir).validate()

@@ -1,5 +1,6 @@
 """What a process believes of its launcher, and how the ranks of one start find each other."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -8,7 +9,7 @@ import torch.distributed as dist
 
 from dbdist.commands.command_line import without_local_rank
 from dbdist.errors import ConfigError, TopologyError
-from dbdist.parallel.launch import Launch
+from dbdist.parallel.launch import Launch, _launcher
 
 VARIABLES = (
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE GROUP_RANK CROSS_RANK CROSS_SIZE "
@@ -130,6 +131,50 @@ def test_another_local_rank_than_the_environments_is_refused(environment, words)
     environment(RANK=1, WORLD_SIZE=3, LOCAL_RANK=1, LOCAL_SIZE=3, **MASTER)
     with pytest.raises(ConfigError, match="but the launcher's environment says 1"):
         without_local_rank(words)
+
+
+# -- the command that continues --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (
+            ["/bin/dbdist", "train", "digits", "--run_dir", "a b"],
+            "dbdist train digits --run_dir 'a b'",
+        ),
+        (["/x/dbdist/train.py", "--seed", "1"], "python -m dbdist.train --seed 1"),
+        (["mine.py", "--fast"], "python mine.py --fast"),
+    ],
+)
+def test_the_printed_command_is_what_was_typed(environment, monkeypatch, argv, expected):
+    environment()
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr("dbdist.parallel.launch._launcher", lambda words: [])
+    assert Launch.command("dbdist.train") == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["python", "/x/bin/torchrun", "-m", "dbdist.train"], ["torchrun", "-m", "dbdist.train"]),
+        (["python", "-m", "torch.distributed.run", "x.py"], ["torchrun", "x.py"]),
+        (["python", "/x/accelerate", "launch", "x.py"], ["accelerate", "launch", "x.py"]),
+        (["python", "-m", "accelerate.commands.launch", "x.py"], ["accelerate", "launch", "x.py"]),
+        (["bash", "-c", "echo torchrun"], []),
+        (["bash"], []),
+        ([], []),
+    ],
+)
+def test_a_launcher_is_known_by_its_first_words(words, expected):
+    assert _launcher(words) == expected
+
+
+def test_ranks_of_an_unknown_launcher_say_what_it_started(environment, monkeypatch):
+    environment(RANK=0, WORLD_SIZE=2)
+    monkeypatch.setattr(sys, "argv", ["/x/dbdist/train.py", "--seed", "1"])
+    expected = "the launcher's command with: python -m dbdist.train --seed 1"
+    assert Launch.command("dbdist.train") == expected
 
 
 # -- the ranks of one start meet -------------------------------------------------------------------
