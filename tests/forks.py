@@ -19,7 +19,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -191,7 +190,7 @@ def become(words: list[str], environment: dict[str, str]) -> None:
             print(end.code, file=sys.stderr)
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
     threading._shutdown()  # type: ignore[attr-defined]  # as at the end of a program
     atexit._run_exitfuncs()
     os._exit(code)

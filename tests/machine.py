@@ -153,19 +153,20 @@ class Machine:
         return left
 
     def assert_refused(self, words, ranks, match, **more):
-        """Every rank ends with exit code 2 and one line, none with a traceback of its own."""
+        """Every rank ends with exit code 2 and one line, which is the last of torchrun's, too."""
         job = self.python(*words, ranks=ranks, **more)
         code, printed = job.wait(120), job.printed()
         lines = [line for line in printed.splitlines() if "error:" in line and "dbdist" in line]
         assert code != 0
-        assert len(lines) == ranks, printed
         assert all(re.search(match, line) for line in lines), lines
         if ranks > 1:
-            assert len(re.findall(r"exitcode +: 2 ", printed)) == ranks, printed
-            printed = printed[: printed.index("torch/distributed/elastic")]  # torchrun's report
+            assert sorted(set(lines)) == sorted(lines[:-1]), printed
+            assert len(lines) == ranks + 1, printed
+            assert printed.splitlines()[-1] == lines[-1], printed
+            assert "(exitcode: 2)" in printed
         else:
             assert code == 2
-            assert len(printed.splitlines()) == 1, printed
+            assert len(printed.splitlines()) == len(lines) == 1, printed
         assert "Traceback" not in printed
 
 

@@ -38,13 +38,8 @@ def test_training_goes_on_without_a_checkpoint_that_cannot_be_written(machine, t
 def test_a_run_whose_last_checkpoint_fails_ends_on_every_rank_with_that_error(machine, tmp_path):
     stand_in_the_way(tmp_path, 6)
     words = "dbdist.train", *OFTEN, "--train.max_steps", 6, "--run_dir", tmp_path
-    printed = machine.finish(machine.python(*words, ranks=3), code=1)
-    lines = [line for line in printed.splitlines() if "dbdist train: error: " in line]
-    assert len({line[:4] for line in lines}) == len(lines) == 3, "each rank's line begins [r0]"
     text = r"error: checkpoint of step 6, the last, failed: rank 0: .* complete one is step 4$"
-    assert all(re.search(text, line) for line in lines), lines
-    assert len(re.findall(r"exitcode +: 2 ", printed)) == 3, printed
-    assert "Traceback" not in printed[: printed.index("torch/distributed/elastic")]
+    machine.assert_refused(words, 3, text)
     assert complete_steps(tmp_path) == [2, 4]
 
 
