@@ -151,18 +151,25 @@ def _guarded(workers: Any) -> Generator[Item, None, None]:
             return
         except (RuntimeError, OSError, EOFError) as error:
             processes = workers._workers
-            multiprocessing.connection.wait([p.sentinel for p in processes], timeout=1.0)
-            ended = [process for process in processes if process.exitcode]
+            ended = _ended(processes)
             if not ended and str(error).startswith("Caught "):  # a mistake in the set's own code
                 raise
-            for (
-                process
-            ) in processes:  # one that was stopped, or waits for a disk, ends no other way
+            for process in processes:  # one that is stopped or waits for a disk ends no other way
                 process.kill()
-            reason = _why(ended[0].pid, ended[0].exitcode) if ended else f"failed: {error}"
+            said = str(error) or type(error).__name__
+            reason = _why(ended[0].pid, ended[0].exitcode) if ended else f"failed: {said}"
             text = " ".join(reason.split())
             raise DataError(f"a data worker {text}; data.num_workers 0 needs no worker") from error
         yield item
+
+
+def _ended(processes: list[Any]) -> list[Any]:
+    """The workers that have failed; the connection to one breaks just before it ends."""
+    dying = multiprocessing.connection.wait([p.sentinel for p in processes], timeout=1.0)
+    for process in processes:
+        if process.sentinel in dying:
+            process.join()
+    return [process for process in processes if process.exitcode]
 
 
 def _wait(workers: Any) -> Any:

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -77,17 +77,20 @@ def test_a_batch_that_does_not_fit_into_shared_memory_ends_the_loading() -> None
 
 
 def test_a_batch_that_cannot_be_sent_ends_the_loading() -> None:
-    message = ending(lambda: {"no tensor": lambda: None})
+    message = ending(lambda: {"no tensor": cast(Any, lambda: None)})
     assert f"ended with exit code {module.UNSENT}" in message
 
 
-def test_workers_without_files_left_end_the_loading() -> None:
-    def few_files() -> Batch:
-        limit = len(os.listdir("/proc/self/fd"))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        return {"large": torch.zeros(100_000)}
+class NeedsFile:
+    """Sending it finds no number for a file, as where a process has opened all that it may."""
 
-    assert "too many open files" in ending(few_files)
+    def __reduce__(self) -> Any:
+        raise OSError(24, "Too many open files")
+
+
+def test_workers_without_files_left_end_the_loading() -> None:
+    message = ending(lambda: {"x": cast(Any, NeedsFile())})
+    assert "has too many open files: raise `ulimit -n`" in message
 
 
 def test_a_worker_that_stands_still_is_waited_for_so_long_and_ended(
