@@ -20,7 +20,7 @@ LEVELS: list[set[str]] = [
     {"sampling", "run"},
     {"training", "inference"},
     {"commands"},
-    {"train", "evaluate", "cli", "compat", "bench"},
+    {"train", "evaluate", "cli", "compat", "options", "bench"},
 ]
 """Packages and modules of dbdist from the ground up: each imports what stands below it."""
 PURE = ("processes", "models", "tasks", "data", "config", "build")

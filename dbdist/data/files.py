@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dbdist.data.archives import unpack
 from dbdist.data.options import ImageOptions
+from dbdist.data.paths import require_file, shown
 from dbdist.errors import DataError
 
 PROBE_S = 3.0
@@ -98,7 +99,8 @@ def require(config: ImageOptions) -> Path:
         folder, required = root / archive.folder, archive.required
         if not folder.is_dir():
             raise DataError(
-                f"{folder} is missing; put {archive.filename} from {archive.url} into {root}"
+                f"{shown(folder)} is missing; put {archive.filename} from {archive.url} into "
+                f"{shown(root)}"
             )
     elif config.name == "image_folder":
         folder, required = root, ("train", "test" if (root / "test").is_dir() else "val")
@@ -106,7 +108,7 @@ def require(config: ImageOptions) -> Path:
         return root  # digits and mnist5k come with their packages
     if missing := [path for path in required if not (folder / path).exists()]:
         remedy = "" if archive is None else "; delete the folder to have it fetched again"
-        raise DataError(f"{folder} is incomplete: {', '.join(missing)} missing{remedy}")
+        raise DataError(f"{shown(folder)} is incomplete: {', '.join(missing)} missing{remedy}")
     return folder
 
 
@@ -157,6 +159,8 @@ def _fetch(archive: Archive, root: Path) -> None:
     unfinished.mkdir()
     old_timeout = socket.getdefaulttimeout()
     try:
+        if os.path.lexists(given):
+            require_file(given)
         if not given.exists():
             socket.setdefaulttimeout(STALL_S)
             try:

@@ -33,6 +33,9 @@ names of such files end."""
 ENDINGS = frozenset(" ".join(FORMATS.values()).split())
 MAX_PIXELS = 2**26
 """Of a picture, and of what it is resized to before it is cropped."""
+BLACK = 128
+"""A picture of more than 8 bits whose brightest pixel is not even white / BLACK was not meant so:
+8 bits in a type of 16 are its commonest kind."""
 WHITE = (255, 255, 255, 255)
 """What lies behind transparent pixels."""
 
@@ -75,8 +78,9 @@ class NotShowable(ValueError):
 def as_shown(image: Any) -> Any:
     """A PIL image in mode RGB as a viewer shows it.
 
-    Applies the EXIF orientation, puts transparent pixels on white, and scales pixels of more than
-    8 bits by the range of their type. Raises NotShowable where that range is not certain.
+    Applies the EXIF orientation, puts transparent pixels on white (unless all are transparent), and
+    scales pixels of more than 8 bits by the range of their type. Raises NotShowable where that
+    range is not certain.
     """
     image.load()
     image = _upright(image)
@@ -85,9 +89,11 @@ def as_shown(image: Any) -> Any:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         from PIL import Image
 
-        opaque = Image.new("RGBA", image.size, WHITE)
-        opaque.alpha_composite(_with_alpha(image))
-        image = opaque
+        image = _with_alpha(image)
+        if image.getextrema()[3][1] > 0:  # else nothing would be left of it
+            opaque = Image.new("RGBA", image.size, WHITE)
+            opaque.alpha_composite(image)
+            image = opaque
     return image.convert("RGB")
 
 
@@ -123,15 +129,15 @@ def _from_deep(image: Any) -> Any:
         white, kind = _white_of(image, tags), f"holds integers (mode {image.mode})"
         if white == 2**32 - 1:
             pixels = pixels.view(np.uint32)  # PIL knows 32 bits with a sign only
+        if white > 2**16 and pixels.max() < 2**16:
+            white = 2.0**16 - 1  # 16 bits went through a program that has no such type
     low, high = float(pixels.min()), float(pixels.max())
     if low < 0 or high > white:
         raise NotShowable(
             f"{kind} from {low:g} to {high:g}, but only 0 to {white:g} has a certain meaning"
         )
-    if 0 < high < white / 510:
-        raise NotShowable(
-            f"{kind} up to {high:g}, which is black in a range that ends with {white:g}"
-        )
+    if 0 < high < white / BLACK:
+        raise NotShowable(f"{kind} up to {high:g}, which is black where {white:g} is white")
     shares = pixels / white
     if tags.get(262) == 0:  # TIFF's "white is zero", which PIL leaves so beyond 8 bits
         shares = 1 - shares

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import os
 import tarfile
 import threading
 import time
@@ -125,6 +126,13 @@ def test_archive_put_there_by_hand_is_used(
     monkeypatch.setitem(ARCHIVES, "cifar100", nowhere)
     prepare(config("cifar100", root))
     assert (root / "cifar-100-python" / "train").exists()
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_place_of_an_archive_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "cifar-100-python.tar.gz")
+    with pytest.raises(DataError, match="is a named pipe, not a file"):
+        prepare(config("cifar100", tmp_path))
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny-imagenet"])

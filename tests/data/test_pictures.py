@@ -67,6 +67,7 @@ DEEP_FILES = {
     "16-bit TIFF with a sign": SIGNED_16,
     "12-bit TIFF": tiff(pack_12_bits((RAMP * 4095).astype(np.uint16)), 12, 1),
     "32-bit TIFF": tiff((RAMP * (2**32 - 1)).astype("<u4"), 32, 1),
+    "16 bits in a TIFF of 32": tiff((RAMP * 65535).astype("<i4"), 32, 2),
     "32-bit TIFF with a sign": tiff((RAMP * (2**31 - 1)).astype("<i4"), 32, 2),
     "float TIFF": encode(Image.fromarray(RAMP.astype(np.float32)), "TIFF"),
     "16-bit PGM": encode(DEEP, "PPM"),
@@ -127,8 +128,8 @@ def test_white_is_zero_is_heeded_beyond_8_bits(content: bytes) -> None:
         (tiff((RAMP * 255).astype("<f4"), 32, 3), "floats from 0 to 255"),
         (tiff((RAMP - 0.5).astype("<f4"), 32, 3), "floats from -0.5"),
         (tiff((RAMP * np.nan).astype("<f4"), 32, 3), r"finite \(mode F"),
-        (tiff((RAMP * 65535).astype("<i4"), 32, 2), r"\(mode I\) up to 65535"),
-        (tiff((RAMP * 100).astype("<u2"), 16, 1), r"\(mode I;16\) up to 100"),
+        (tiff((RAMP * 255).astype("<i4"), 32, 2), r"\(mode I\) up to 255"),
+        (tiff((RAMP * 255).astype("<u2"), 16, 1), r"\(mode I;16\) up to 255"),
         (tiff((RAMP * 2000 - 1000).astype("<i2"), 16, 2), "from -1000 to 1000"),
     ],
     ids=["0..255", "negative", "nan", "small in 32 bits", "small in 16 bits", "signed"],
@@ -163,6 +164,12 @@ def test_transparent_pixels_lie_on_white() -> None:
         assert row[0].tolist() == [255] * 3
         assert abs(row[3] - BYTES[0, 3]).max() <= 2
     assert shown_row(encode(Image.fromarray(rgba), "PNG"))[1].tolist() == [145] * 3
+
+
+def test_a_picture_that_is_transparent_everywhere_keeps_its_colours() -> None:
+    rgba = np.stack([BYTES, BYTES, BYTES, np.zeros_like(BYTES)], -1)
+    row = shown_row(encode(Image.fromarray(rgba), "PNG"))
+    assert row[:, 0].tolist() == BYTES[0].tolist()
 
 
 BACK = {
