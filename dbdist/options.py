@@ -1,3 +1,6 @@
-"""The old name of `dbdist.config.options`, kept for scripts."""
+"""The old names of the data set's options, kept for scripts."""
 
-from dbdist.config.options import *  # noqa: F403
+from dbdist.data.options import AugmentOptions as AugmentConfig
+from dbdist.data.options import ImageOptions as DataConfig
+
+__all__ = ["AugmentConfig", "DataConfig"]

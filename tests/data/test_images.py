@@ -118,3 +118,12 @@ def test_random_images_take_the_form_of_a_set_and_are_the_same_each_time() -> No
     assert one.augments
     assert one[3]["image"].shape == (3, 32, 32)
     assert one.digest() == other.digest()
+
+
+def test_scripts_find_the_names_of_before() -> None:
+    import dbdist.data
+    from dbdist.options import DataConfig
+
+    assert len(dbdist.data.load_dataset(DataConfig(name="digits"), "test")) == 360
+    with pytest.raises(AttributeError, match="no attribute 'load_datasets'"):
+        dbdist.data.load_datasets  # noqa: B018
