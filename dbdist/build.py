@@ -1,4 +1,4 @@
-"""From a configuration to task, model, process and modules: what a rank materialises, no more.
+"""Makes task, model, process and modules from a configuration: what a rank needs, no more.
 
 Weights are left empty where a checkpoint will fill them (seed None). Does not communicate.
 """

@@ -1,9 +1,11 @@
-"""Mistakes a user can make, each told in one sentence; entry points turn them into exit code 2."""
+"""Mistakes that a user can make, each in one sentence; they end a command with exit code 2."""
 
 
 class UserError(Exception):
-    """Something outside the code is wrong: the message says what, what is allowed and what to
-    do."""
+    """Something outside the code is wrong.
+
+    The message says what is wrong, what is allowed and what to do.
+    """
 
 
 class ConfigError(UserError):
@@ -23,5 +25,7 @@ class CheckpointError(UserError):
 
 
 class Fault(Exception):
-    """A run that cannot go on, through no mistake of its user: the message says which rank, block
-    and step are at fault; entry points turn it into exit code 1."""
+    """A run that cannot go on, through no mistake of its user.
+
+    The message says which rank, block and step are at fault; entry points turn it into exit code 1.
+    """

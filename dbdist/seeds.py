@@ -21,6 +21,8 @@ def at(seed: int, purpose: str, *keys: Key) -> int:
 
 
 def generator(seed: int, purpose: str, *keys: Key) -> torch.Generator:
-    """A CPU generator at the start of this stream; CPU, so that draws do not depend on the
-    device."""
+    """Returns a CPU generator at the start of this stream.
+
+    It is on the CPU so that draws do not depend on the device.
+    """
     return torch.Generator().manual_seed(at(seed, purpose, *keys))

@@ -1,9 +1,9 @@
-"""Accuracy over seeds of two or more configurations, each in a process group of its own:
+"""Compares the accuracy of two or more configurations over several seeds.
 
     python -m dbdist.bench.compare A.yaml B.yaml --seeds 0 1 2
 
-Every configuration trains each layer on as many samples as it says (steps x batch). Prints a table
-and JSON lines.
+Each run has a process group of its own, and trains each layer on as many samples as its
+configuration says (steps x batch). Prints a table and JSON lines.
 """
 
 import json
@@ -52,8 +52,10 @@ def run(argv: list[str]) -> None:
 
 
 def train_once(config_file: str, seed: int, runs: Path, overrides: list[str]) -> dict[str, Any]:
-    """One run from scratch; its evaluation with what identifies it. Raises UserError when it
-    fails."""
+    """Trains once from scratch and returns the evaluation with what identifies the run.
+
+    Raises UserError when the run fails.
+    """
     name = Path(config_file).stem
     config = parse_config(
         "dbdist.bench.compare", "", ["--config", config_file, *overrides]

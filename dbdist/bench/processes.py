@@ -84,7 +84,6 @@ def listeners_of(pids: Collection[int]) -> set[Listener]:
 
 
 def _in_order(address: str) -> bytes:
-    """The kernel prints an address as words of the machine's byte order: here, the low byte
-    first."""
+    """Brings an address into network order: the kernel prints words of the machine's byte order."""
     data = bytes.fromhex(address)
     return b"".join(data[i : i + 4][::-1] for i in range(0, len(data), 4))

@@ -1,4 +1,4 @@
-"""A run under torchrun whose ranks are killed and stopped at random, for as long as you like:
+"""Trains under torchrun while ranks are killed and stopped at random, as long as you like.
 
     python -m dbdist.bench.soak --config configs/digits.yaml --minutes 30 --out soak.json
 
@@ -19,8 +19,8 @@ Prints a table, and writes it as JSON to `--out`:
 - open files and threads: the median of the minutes, each with its median while it trains.
 
 Exit code 1 if memory or open files grew by more than 2 % (judged with more than five minutes), if a
-step is in metrics.jsonl twice, if torchrun ended early, or if a process or a socket was left. Linux
-alone: it reads /proc.
+step is in metrics.jsonl twice, if torchrun ended early, or if a process or a socket was left. It
+needs Linux, as it reads /proc.
 """
 
 import json
@@ -319,8 +319,10 @@ def read_metrics(run_dir: Path) -> tuple[int, list[int], float]:
 
 
 def usages(watch: Watch, settling_minutes: int | None) -> list[dict[str, Any]]:
-    """For each process and kind of usage the level of every minute, and the growth; None where the
-    time was too short to tell."""
+    """Lists the level of every minute, and the growth, of each process and kind of usage.
+
+    The growth is None where the time was too short to judge.
+    """
     rows: list[dict[str, Any]] = []
     for key in ("memory_mb", "open_files", "threads"):
         for name in sorted(watch.samples):

@@ -1,9 +1,10 @@
-"""Where the time of one training step goes: `python -m dbdist.bench.step --config
-configs/cifar100.yaml`.
+"""Measures where the time of one training step goes.
 
-One process trains one block (`--block`, alone: nothing is sent) with the configuration's own
-loader, and the profiler sums up the step's phases. Without the dataset's files, random images of
-the same form take their place, which the result says. Prints a table and one line of JSON.
+    python -m dbdist.bench.step --config configs/cifar100.yaml
+
+One process trains one block (`--block`; it sends nothing to other ranks) with the configuration's
+own loader, and the profiler sums up the step's phases. Without the dataset's files, random images
+of the same form take their place, which the result says. Prints a table and one line of JSON.
 """
 
 import dataclasses

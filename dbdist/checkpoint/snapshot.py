@@ -1,4 +1,4 @@
-"""Tensors copied into host memory in the layout of a safetensors file, and written from there.
+"""Tensors copied into host memory in the layout of a safetensors file, and written from it.
 
 Our own few lines instead of safetensors' `save_file`, because of what that was seen to do: up to
 0.7 it holds the interpreter's lock while it writes (0.2 s for 84 MB, in which no step can run), 0.8
@@ -36,8 +36,10 @@ NAMES = {
 
 
 class Snapshot:
-    """Host memory for the tensors of one file, as they follow each other there: allocated once,
-    filled for each checkpoint. Page-locked if tensors lie on a GPU."""
+    """Host memory for the tensors of one file, in the file's order.
+
+    It is allocated once and filled for each checkpoint; page-locked if tensors lie on a GPU.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._form = _form(tensors)
@@ -71,14 +73,18 @@ class Snapshot:
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies the tensors' values. Those of a GPU arrive when its current stream has come so
-        far."""
+        """Copies the tensors' values.
+
+        GPU tensors are copied asynchronously: synchronise their stream before `write`.
+        """
         for name, tensor in tensors.items():
             self._views[name].copy_(tensor, non_blocking=tensor.is_cuda)
 
     def write(self, path: Path) -> dict[str, Any]:
-        """The file, on disk under its name or not at all; returns its size and SHA-256. Other
-        threads run meanwhile. Raises OSError."""
+        """Writes the file whole or not at all; returns its size and SHA-256.
+
+        Other threads run meanwhile. Raises OSError.
+        """
         partial = path.with_name(path.name + ".partial")
         digest = hashlib.sha256()
         try:

@@ -1,4 +1,6 @@
-"""`dbdist check-data CONFIG`: opens every sample once and lists what cannot be used, and why.
+"""Opens every sample once and lists what cannot be used, and why.
+
+    dbdist check-data CONFIG
 
 Trains nothing and starts no process. Options of the configuration change it as for train.
 """

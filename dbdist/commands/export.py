@@ -1,5 +1,7 @@
-"""`dbdist export RUN OUT`: a run's model as one model.safetensors + config.json, for
-`dbdist.load(OUT)`."""
+"""Writes a run's model as one model.safetensors + config.json, for `dbdist.load(OUT)`.
+
+dbdist export RUN OUT
+"""
 
 import sys
 from dataclasses import replace

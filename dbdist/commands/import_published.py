@@ -1,5 +1,6 @@
-"""`dbdist import-published CKPT OUT`: weights of the published ViT code as a model for
-`dbdist.load(OUT)`.
+"""Converts weights of the published ViT code to a model for `dbdist.load(OUT)`.
+
+    dbdist import-published CKPT OUT
 
 CKPT is a .safetensors file or a Lightning .ckpt, of which only plain tensors are read; nothing is
 executed.

@@ -1,5 +1,7 @@
-"""The configuration of a run: the sections of `options`, what follows from them, and the checks
-that need no data and no processes."""
+"""The configuration of a run: its sections, what follows from them, and their checks.
+
+The checks need no data and no processes.
+"""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The options that no task, model, process or data set changes: key, type, default, help, range.
+"""The options that every task has in common: key, type, default, help, range.
 
 `configs/*.yaml` say what differs from these defaults; `--section.key value` on the command line
 wins over both. The classes that a name selects (`tasks/options.py` and its like) build on the base

@@ -1,4 +1,4 @@
-"""A command line, or values from Python, become a `Config`; every mistake becomes one sentence."""
+"""Turns a command line, or values from Python, into a `Config`, and mistakes into one line."""
 
 import dataclasses
 import os

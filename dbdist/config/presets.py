@@ -1,4 +1,4 @@
-"""The configurations that come with dbdist, by name: `digits`, `cifar100`, …"""
+"""The configurations that come with dbdist, by name, such as `digits` and `cifar100`."""
 
 import difflib
 import os

@@ -73,7 +73,9 @@ def find(section: str, name: object) -> Plugin:
 
 
 def section_classes(names: Mapping[str, str]) -> dict[str, type[Any]]:
-    """The class of each section, for the names that were given; the task's defaults fill the rest.
+    """Returns the class of each section, for the names that were given.
+
+    The task's defaults fill the rest.
 
     names: section -> its `name`. The sampler's keys are the task's.
     """

@@ -25,9 +25,11 @@ def shown(path: str | Path) -> str:
 
 
 def require_file(path: Path) -> os.stat_result:
-    """What the file system says of a file. Raises DataError where it is missing or no plain file.
+    """Returns what the file system says of a file.
 
-    Call it before opening: a named pipe in place of a file is waited for without end.
+    Raises DataError where it is missing or no plain file. Call it before opening: a named pipe in
+    place
+    of a file is waited for without end.
     """
     try:
         status = path.stat()

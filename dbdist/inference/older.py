@@ -1,4 +1,7 @@
-"""What the files of older versions of dbdist mean today. They knew one task, model and process."""
+"""What the files of older versions of dbdist mean today.
+
+Those versions knew one task, model and process.
+"""
 
 from collections.abc import Mapping
 from typing import Any

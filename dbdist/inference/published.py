@@ -1,5 +1,4 @@
-"""Weights of the published ViT code: read, run exactly as published, and convert to an exported
-model.
+"""Weights of the published ViT code: read, run exactly as published, and convert them.
 
 The published model differs from ours in names, in separate query, key and value projections, and in
 the sampler's choice of block where a grid point falls on a boundary (float32 rounding decides
@@ -104,8 +103,10 @@ class PublishedConfig:
 
 
 class PublishedViT(nn.Module):
-    """The published model: `denoise` is its forward pass, `sample` its evaluation. Evaluation mode,
-    no dropout."""
+    """The published model: `denoise` is its forward pass, `sample` its evaluation.
+
+    It is in evaluation mode, without dropout.
+    """
 
     def __init__(self, config: PublishedConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -184,9 +185,12 @@ class _Logits(Classification):
 
 
 def published_block_of_step(schedule: NoiseSchedule, num_steps: int) -> list[int]:
-    """The block that the published sampler runs at each step: it compares a float32 grid with
-    float64 boundaries, so a grid point on a boundary falls to either side, and a block may be left
-    out."""
+    """Returns the block that the published sampler runs at each step.
+
+    It compares a float32 grid with float64 boundaries, so a grid point on a boundary falls to
+    either
+    side, and a block may be left out.
+    """
     sigmas = (
         torch.tensor(schedule.levels(num_steps)).float().double()
         if num_steps > 1
@@ -229,8 +233,7 @@ def import_published(
     config: Mapping[str, Any] | None = None,
     spec: DatasetSpec | None = None,
 ) -> None:
-    """Converts published weights to an exported model that `dbdist.load` reads, with the published
-    sampler.
+    """Converts published weights to an exported model with the published sampler.
 
     spec: the dataset's names and normalisation; None stands for images in [0, 1] used as they are.
     """
@@ -271,8 +274,10 @@ def import_published(
 def _read(
     source: str | PathLike[str] | Mapping[str, Tensor],
 ) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """(name for messages, the model's tensors without Lightning's prefix, sizes found beside
-    them)."""
+    """Returns a name for messages, the model's tensors, and sizes found beside them.
+
+    The tensors' names come without Lightning's prefix.
+    """
     if isinstance(source, Mapping):
         return Path("state dict"), *_clean(source, {})
     path = Path(source)

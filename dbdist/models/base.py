@@ -1,4 +1,4 @@
-"""What a model is: shared modules and layers of one architecture, built empty and then filled.
+"""What a model is: shared modules and layers of one architecture, first empty, then filled.
 
 Knows nothing of noise, tasks or ranks. Modules are made on the meta device; `materialise` gives
 them memory and values, one tensor at a time, and ties again what was tied.

@@ -1,7 +1,8 @@
-"""The denoiser of one block: shared modules, that block's layers, and the process around them.
+"""D(z), the denoiser of one block: EDM preconditioning around shared modules and layers.
 
-Takes the condition, a corrupted state and its levels; gives the head's output. Knows nothing of
-tasks or ranks.
+Takes the condition, a noisy state and its noise levels; gives the head's output. Knows nothing of
+tasks or processes. Coefficients are computed in the state's precision, outside autocast's half
+precision.
 """
 
 from typing import Any, cast

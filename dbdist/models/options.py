@@ -1,4 +1,4 @@
-"""Options of the architectures. No torch here: a configuration is read and checked without it."""
+"""Options of the architectures, without torch: a configuration is read and checked without it."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal

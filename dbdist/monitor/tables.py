@@ -1,4 +1,4 @@
-"""Tables that fit the terminal: what does not fit gives way whole, the least important first."""
+"""Tables that fit the terminal: columns give way whole, the least important first."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,2 +1,4 @@
-"""Everything that communicates: topology, coordinator, replicas, chain, mailbox. Knows nothing of
-tasks."""
+"""Everything that communicates: topology, shared modules, replicas, chain, mailbox.
+
+It knows nothing of tasks.
+"""

@@ -18,10 +18,11 @@ Facts = Mapping[str, object]
 def find_difference(
     facts: Facts, ranks: Sequence[int], group: dist.ProcessGroup | None = None
 ) -> str | None:
-    """The first key that two ranks have otherwise, as `rank 2 has train.lr 0.002, rank 0 0.001`;
-    None if all agree. Collective.
+    """Returns the first key that two ranks have otherwise; None if all agree. Collective.
 
-    ranks: the group's. Only digests travel as long as they agree.
+    It reads `rank 2 has train.lr 0.002, rank 0 0.001`. ranks: the group's. Only digests travel as
+    long
+    as they agree.
     """
     own = {key: json.loads(json.dumps(value)) for key, value in facts.items()}
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,10 @@
-"""Inference across ranks: states flow from block to block by point-to-point sends, in
-micro-batches.
+"""Inference across ranks: states flow from block to block, in micro-batches.
 
-While block 1 works on the first micro-batch, block 0 is at the second, and so on. Conditions never
-travel: each rank loads its own. Knows nothing of what a state or a block is.
+They are sent point to point. While block 1 works on the first micro-batch, block 0 is at the
+second,
+and so on. Conditions never travel: each rank loads its own. Knows nothing of what a state or a
+block
+is.
 """
 
 from collections import deque

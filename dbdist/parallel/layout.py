@@ -113,8 +113,11 @@ class Layout:
 
 
 def layout_of(config: Config, world_size: int) -> Layout:
-    """Which ranks this configuration wants; end_to_end takes every process as a replica.
-    Raises TopologyError or ConfigError when the mode cannot use this many."""
+    """Returns the layout that this configuration wants.
+
+    end_to_end takes every process as a replica. Raises TopologyError or ConfigError when the mode
+    cannot use this many.
+    """
     if config.mode == "block_parallel":
         num_blocks = len(config.trained_blocks or range(config.num_blocks))
         return Layout(num_blocks, config.parallel.replicas, config.parallel.coordinator)

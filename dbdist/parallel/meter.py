@@ -1,5 +1,7 @@
-"""Counts what this rank sends and receives, by kind. Every tensor that dbdist puts on a wire passes
-here."""
+"""Counts the bytes that this rank sends and receives, by kind.
+
+Every tensor that dbdist puts on a wire passes here.
+"""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -7,8 +9,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Meter:
-    """Payload bytes of tensors since the start. Kinds: `shared` (coordinator), `replica` (gradients
-    among the copies of a block), `chain` (states at inference), `metrics` (sums over ranks)."""
+    """Payload bytes of tensors since the start, by kind.
+
+    Kinds: `shared` (gradients and parameters of shared modules), `replica` (gradients among the
+    copies
+    of a block), `chain` (states at inference), `metrics` (sums over ranks).
+    """
 
     sent: Counter[str] = field(default_factory=Counter)
     received: Counter[str] = field(default_factory=Counter)

@@ -1,7 +1,7 @@
-"""An optimizer's state by parameter name, nested (name -> kind -> tensor) or flat (`NAME/KIND`).
+"""An optimizer's state by parameter name: nested (name -> kind -> tensor), or flat.
 
-Names, not positions: a state is given to another optimizer that holds the same parameters in
-another order, or split among ranks.
+In the flat form a key is `NAME/KIND`. Names, not positions: a state is given to another optimizer
+that holds the same parameters in another order, or split among ranks.
 """
 
 from collections.abc import Collection, Mapping
@@ -68,9 +68,12 @@ def check_state(
     source: Path,
     together: Collection[str] = (),
 ) -> None:
-    """Raises CheckpointError, naming the tensor, unless the state is one of these parameters: names
-    and kinds known, shapes right, every value floating-point. together: parameters that have a
-    state all or none."""
+    """Raises CheckpointError, naming the tensor, unless the state is one of these parameters.
+
+    Names and kinds are known, shapes right, every value floating-point. together: parameters that
+    have
+    a state all or none.
+    """
     wanted = set(kinds)
     for name, own in state.items():
         if name not in shapes:

@@ -1,4 +1,4 @@
-"""No process: states are empty, there are no levels, and the network sees the condition alone."""
+"""No process: states are empty, there are no levels, the network sees only the condition."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,7 +1,7 @@
-"""Gaussian noise: its levels sigma and their partition, EDM's preconditioning, the Euler sampler.
+"""Noise levels: distribution, partition among blocks, EDM preconditioning, sampler's grid.
 
-Everything that concerns levels is computed in float64. Sources: DiffusionBlocks (arXiv 2506.14202)
-section 3; EDM (arXiv 2206.00364) Table 1 and Algorithm 1.
+Pure functions of numbers and tensors; knows nothing of models or processes. Everything is computed
+in float64. Sources: DiffusionBlocks (arXiv 2506.14202) section 3; EDM (arXiv 2206.00364) Table 1.
 """
 
 import math
@@ -29,11 +29,14 @@ class Preconditioning(NamedTuple):
 
 @dataclass(frozen=True)
 class NoiseSchedule(Partition):
-    """ln sigma ~ N(p_mean, p_std^2) between sigma_min and sigma_max, cut into `num_blocks` ranges.
+    """ln sigma ~ N(p_mean, p_std^2), truncated and cut into `num_blocks` ranges.
 
-    The partition cuts evenly either probability (`equal_probability`) or ln sigma (`uniform`).
-    sigma and sigma_data are in units of the data. Raises ConfigError for bounds that leave nothing
-    to sample.
+    The bounds are [sigma_min, sigma_max]. Block 0 owns the highest noise. A *level* in [0, 1] is a
+    position between sigma_min (0) and sigma_max (1) in the coordinate that the partition cuts
+    evenly:
+    probability mass for `equal_probability`, ln sigma for `uniform`. sigma and sigma_data are in
+    units
+    of the data. Raises ConfigError for bounds that leave nothing to sample.
     """
 
     num_blocks: int
@@ -212,8 +215,10 @@ class Gaussian:
 
 
 def _tail(x: float) -> float:
-    """P(x < X) for standard normal X; erfc keeps tails that 1 + erf (torch.special.ndtr) rounds
-    away."""
+    """P(x < X) for standard normal X.
+
+    erfc keeps tails that 1 + erf (torch.special.ndtr) rounds away.
+    """
     return 0.5 * math.erfc(x / math.sqrt(2))
 
 

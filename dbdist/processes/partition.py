@@ -1,4 +1,4 @@
-"""The levels of a process, how blocks share them, and the grid of levels that a sampler takes.
+"""The levels of a process, how blocks share them, and the grid that a sampler takes.
 
 Computed in float64. Source: DiffusionBlocks (arXiv 2506.14202) section 3.
 """

@@ -1,4 +1,4 @@
-"""The test samples of one replica as micro-batches, and what travels with each along the chain."""
+"""The test samples of one replica as micro-batches, and what travels with each in the chain."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,2 +1,1 @@
-"""Tasks, one file each: how a batch becomes condition, target and loss, and how the chain is read
-out."""
+"""Tasks, one file each: how a batch becomes condition, target, loss, and how it is read out."""

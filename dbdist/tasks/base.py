@@ -1,4 +1,4 @@
-"""What a task is: how a batch becomes condition, target and loss, and how the chain is read out.
+"""What a task is: how a batch becomes condition, target, loss, and how it is read out.
 
 Knows nothing of ranks. A batch is a mapping of tensors, samples first. `DenoisingLoss` is the
 training objective of every task; `draws_of_step` names all that it draws.

@@ -1,8 +1,9 @@
-"""Image classification as denoising: z0 is the image's label embedding, the condition its pixels.
+"""Image classification as denoising of the image's normalised label embedding.
 
-The head's logits stand for the denoised state softmax(logits) @ label table; the loss is
-cross-entropy. Source: DiffusionBlocks (2506.14202), section 4.1 and its published ViT code; where
-we offer more than that code does, the options name the switch.
+The condition is the image's pixels. The head's logits stand for the denoised state
+softmax(logits) @ label table; the loss is cross-entropy. Source: DiffusionBlocks (2506.14202),
+section 4.1 and its published ViT code; where we offer more than that code does, `TaskConfig` and
+`SamplerConfig` name the switch. Does not communicate.
 """
 
 from typing import Any

@@ -1,5 +1,7 @@
-"""The processes of the other ranks on this machine: one that is stuck cannot end itself, and its
-launcher, if it has one, gives it half a minute."""
+"""The processes of the other ranks on this machine, which can be ended from here.
+
+One that is stuck cannot end itself, and its launcher, if it has one, gives it half a minute.
+"""
 
 import os
 import signal
@@ -12,8 +14,10 @@ Address = tuple[str, int]
 
 
 def own_address() -> Address | None:
-    """This process's; None where it cannot be told. Containers number processes each for
-    themselves, whatever their host is called."""
+    """Returns this process's address; None where it cannot be known.
+
+    Containers number processes each for themselves, whatever their host is called.
+    """
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}", os.getpid()

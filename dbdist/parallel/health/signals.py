@@ -19,8 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Signals:
-    """Hears `SIGNALS` from its first moment to `close`: the first asks all ranks to stop, the next
-    ends this process at once.
+    """Hears signals until `close`: the first asks all ranks to stop, the next ends this one.
 
     Python runs handlers between two steps of its main thread, which may wait in a collective for
     long: so the number is read from the wakeup descriptor by a thread. Only the main thread may
