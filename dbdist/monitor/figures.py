@@ -1,16 +1,11 @@
 """Pictures of levels for TensorBoard: how blocks share them, and how they were trained.
 
-Run as `python -m dbdist.monitor.figures` by `painter`: a request a line on stdin, a PNG a line on
-stdout. Takes what JSON holds, gives a matplotlib Figure drawn by Agg; no pyplot, so no window.
-Imports neither torch nor anything that does: the process starts in a second.
+Takes what JSON holds, gives a matplotlib Figure drawn by Agg; no pyplot, so no window. Imports
+neither torch nor anything that does, so that the process that draws starts in a second.
 """
 
 import base64
 import io
-import json
-import os
-import signal
-import sys
 from typing import Any
 
 import numpy as np
@@ -121,15 +116,6 @@ def draw(request: Json) -> Json:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def main() -> None:
-    """Draws until stdin ends, as it does when the process that asks is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # these are for the run, which closes stdin
-        signal.signal(number, signal.SIG_IGN)
-    os.nice(10)
-    for line in sys.stdin:
-        print(json.dumps(draw(json.loads(line))), flush=True)
-
-
 def _spaced(low: float, high: float, num: int, is_log: bool) -> np.ndarray:
     return np.geomspace(low, high, num) if is_log else np.linspace(low, high, num)
 
@@ -142,7 +128,3 @@ def _clean(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(which="both", labelsize=8, color=FAINT)
-
-
-if __name__ == "__main__":
-    main()

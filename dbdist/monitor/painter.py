@@ -22,7 +22,7 @@ class Picture(NamedTuple):
 
 
 class Painter:
-    """Hands requests one at a time to `figures`, and collects the pictures that are done.
+    """Hands requests one at a time to `drawing`, and collects the pictures that are done.
 
     There is never more than one request in the pipe, so sending does not wait.
     """
@@ -73,7 +73,7 @@ class Painter:
     def _send(self) -> None:
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "dbdist.monitor.figures"],
+                [sys.executable, "-m", "dbdist.monitor.drawing"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
