@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dbdist.commands.command_line import (
+    announce,
     guarded,
     print_anything,
     say,
@@ -30,9 +31,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str]) -> None:
+    words = with_first("--run_dir", without_local_rank(argv))
+    if not {"-h", "--help"} & set(words):
+        announce("dbdist evaluate")
     from dbdist.run.folder import config_of_run
 
-    words = with_first("--run_dir", without_local_rank(argv))
     _evaluate(config_of_run("dbdist evaluate", __doc__ or "", words))
 
 

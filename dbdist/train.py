@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dbdist.commands.command_line import (
+    announce,
     guarded,
     print_anything,
     say,
@@ -31,7 +32,9 @@ def run(argv: list[str]) -> None:
     from dbdist.config.parse import parse_config
 
     words = with_first("--config", without_local_rank(argv))
-    _train(parse_config("dbdist train", __doc__ or "", words), hears_signals=True)
+    config = parse_config("dbdist train", __doc__ or "", words)
+    announce("dbdist train")
+    _train(config, hears_signals=True)
 
 
 def train(config: object, **overrides: Any) -> "Evaluation | None":

@@ -44,6 +44,15 @@ def _one_line(prog: str, message: object) -> str:
     return f"{rank}{prog}: {' '.join(str(message).split())}"
 
 
+def announce(prog: str) -> None:
+    """Says on rank 0 that the command has begun, before the import of torch takes its seconds."""
+    launch = current_launch()
+    if launch.rank == 0 and "torch" not in sys.modules:
+        ranks = f" {launch.world_size} ranks" if launch.world_size > 1 else ""
+        with suppress(OSError, ValueError):  # a lost terminal
+            print(f"{prog}: starting{ranks}, importing torch", flush=True)
+
+
 def guarded(
     prog: str,
     run: Callable[[], None],

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dbdist.commands.command_line import print_anything, with_first, with_home
+from dbdist.commands.command_line import announce, print_anything, with_first, with_home
 
 
 @pytest.mark.parametrize(
@@ -77,3 +77,18 @@ def test_the_package_imports_no_torch():
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("rank", "line"), [("0", "dbdist train: starting 3 ranks, importing torch\n"), ("1", "")]
+)
+def test_rank_0_says_that_a_command_starts_before_torch_is_there(monkeypatch, capsys, rank, line):
+    for name, value in {"RANK": rank, "WORLD_SIZE": "3", "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setitem(sys.modules, "torch", io)
+    announce("dbdist train")
+    assert capsys.readouterr().out == ""
+    monkeypatch.delitem(sys.modules, "torch")
+    announce("dbdist train")
+    assert capsys.readouterr().out == line

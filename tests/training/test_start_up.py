@@ -5,20 +5,26 @@ import sys
 
 CODE = """
 import sys
-from dbdist.monitor.monitor import Monitor
-from dbdist.train import run
+import dbdist.train as command
 
 SLOW = ("torch._dynamo sympy sklearn scipy pandas mlxtend matplotlib tensorboard torchvision "
         "deepspeed accelerate").split()
-record = Monitor.record
+announce = command.announce
 
-def first_record(monitor, *args, **options):
-    Monitor.record = record
-    print("at the first record:", [name for name in SLOW if name in sys.modules])
-    record(monitor, *args, **options)
+def then_watch(prog):
+    announce(prog)
+    from dbdist.monitor.monitor import Monitor
+    record = Monitor.record
 
-Monitor.record = first_record
-run(sys.argv[1:])
+    def first_record(monitor, *args, **options):
+        Monitor.record = record
+        print("at the first record:", [name for name in SLOW if name in sys.modules])
+        record(monitor, *args, **options)
+
+    Monitor.record = first_record
+
+command.announce = then_watch
+command.run(sys.argv[1:])
 print("at the end:", [name for name in SLOW if name in sys.modules])
 """
 OPTIONS = (
@@ -31,5 +37,6 @@ OPTIONS = (
 def test_a_run_imports_nothing_slow_before_its_first_record_and_then_only_tensorboard(tmp_path):
     command = [sys.executable, "-c", CODE, *OPTIONS, "--run_dir", str(tmp_path / "run")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("dbdist train: starting, importing torch\n")
     assert "at the first record: []\n" in printed
     assert printed.endswith("at the end: ['tensorboard']\n")
