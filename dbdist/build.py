@@ -64,10 +64,16 @@ class Setup:
             "boundaries": partition.boundaries.tolist() if partition else None,
             "noise": noise if partition else None,
             "data": self.spec.name,
+            "inputs": _inputs(self.spec),
         }
 
     def _weights(self, module: nn.Module, seed: int | None) -> Any:
         return None if seed is None else self.model.weights(module, seed)
+
+
+def _inputs(spec: Any) -> dict[str, Any]:
+    """Form and scaling of the samples: what weights rely on, whatever classes are called."""
+    return {k: v for k, v in spec.identity().items() if k not in ("name", "class_names")}
 
 
 def build_setup(config: Config, spec: Any) -> Setup:

@@ -87,7 +87,10 @@ class Checkpoint:
     def check_fits(self, description: Mapping[str, Any]) -> None:
         """Raises CheckpointError, naming the first difference, unless it is of this model and
         partition."""
-        if difference := next(differences(self.manifest["model"], description), None):
+        stored = self.manifest["model"]
+        if "inputs" not in stored:  # of an older version
+            description = {k: v for k, v in description.items() if k != "inputs"}
+        if difference := next(differences(stored, description), None):
             key, stored, value = difference
             raise CheckpointError(
                 f"{self.path} holds a model with {key} {_shown(stored)}, the configuration says "

@@ -3,6 +3,9 @@
 The checks need no data and no processes.
 """
 
+# What torch and jsonargparse leave untyped:
+# pyright: reportUnknownVariableType=false
+
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass

@@ -1,5 +1,8 @@
 """Turns a command line, or values from Python, into a `Config`, and mistakes into one line."""
 
+# What torch and jsonargparse leave untyped:
+# pyright: reportPrivateImportUsage=false, reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 import dataclasses
 import os
 import re

@@ -4,6 +4,9 @@
 the order of the command line; then the parser is built for the classes that they name.
 """
 
+# What torch and jsonargparse leave untyped:
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any

@@ -1,5 +1,8 @@
 """YAML files of configurations: read with care, written so that they read back the same."""
 
+# What torch and jsonargparse leave untyped:
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 import dataclasses
 import os
 import re

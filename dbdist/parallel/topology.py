@@ -5,6 +5,9 @@ plus one with a dedicated coordinator; rank 0 is always the coordinator. The cop
 which talk most, are on one node where they fit.
 """
 
+# What torch and jsonargparse leave untyped:
+# pyright: reportDeprecated=false, reportPrivateImportUsage=false, reportUnknownMemberType=false
+
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence

@@ -4,6 +4,9 @@ Pure functions of numbers and tensors; knows nothing of models or processes. Eve
 in float64. Sources: DiffusionBlocks (arXiv 2506.14202) section 3; EDM (arXiv 2206.00364) Table 1.
 """
 
+# What torch and jsonargparse leave untyped:
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple

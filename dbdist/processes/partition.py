@@ -3,6 +3,9 @@
 Computed in float64. Source: DiffusionBlocks (arXiv 2506.14202) section 3.
 """
 
+# What torch and jsonargparse leave untyped:
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal

@@ -5,6 +5,9 @@ blocks in turn in one process; both take the same steps on the same states. `eva
 ranks.
 """
 
+# What torch and jsonargparse leave untyped:
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -5,6 +5,9 @@ single process for every block in turn. States have any trailing shape and type.
 communicate. Source: EDM (2206.00364), Algorithm 1; DiffusionBlocks (2506.14202), section 3.4.
 """
 
+# What torch and jsonargparse leave untyped:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
