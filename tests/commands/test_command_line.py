@@ -83,9 +83,9 @@ def test_the_package_imports_no_torch():
     ("rank", "line"), [("0", "dbdist train: starting 3 ranks, importing torch\n"), ("1", "")]
 )
 def test_rank_0_says_that_a_command_starts_before_torch_is_there(monkeypatch, capsys, rank, line):
-    for name, value in {"RANK": rank, "WORLD_SIZE": "3", "LOCAL_RANK": rank}.items():
+    place = {"RANK": rank, "WORLD_SIZE": "3", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "3"}
+    for name, value in {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setitem(sys.modules, "torch", io)
     announce("dbdist train")
     assert capsys.readouterr().out == ""
