@@ -31,12 +31,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str]) -> None:
+    from dbdist.config.parse import parse_config
+
     words = with_first("--run_dir", without_local_rank(argv))
-    if not {"-h", "--help"} & set(words):
-        announce("dbdist evaluate")
+    parse_config("dbdist evaluate RUN", __doc__ or "", words)  # --help and mistakes need no torch
+    announce("dbdist evaluate")
     from dbdist.run.folder import config_of_run
 
-    _evaluate(config_of_run("dbdist evaluate", __doc__ or "", words))
+    _evaluate(config_of_run("dbdist evaluate", "", words))
 
 
 def evaluate(run_dir: str | os.PathLike[str], **overrides: Any) -> "Evaluation":

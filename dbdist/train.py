@@ -32,7 +32,7 @@ def run(argv: list[str]) -> None:
     from dbdist.config.parse import parse_config
 
     words = with_first("--config", without_local_rank(argv))
-    config = parse_config("dbdist train", __doc__ or "", words)
+    config = parse_config("dbdist train [CONFIG]", __doc__ or "", words)
     announce("dbdist train")
     _train(config, hears_signals=True)
 

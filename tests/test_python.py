@@ -29,7 +29,7 @@ def test_python_trains_evaluates_and_continues(tmp_path):
     assert isinstance(trained, Evaluation)
     assert trained.step == 2
     again = dbdist.evaluate(run_dir, eval__micro_batch_size=32)
-    assert again.accuracy == pytest.approx(trained.accuracy)
+    assert again.value == pytest.approx(trained.value)
     with pytest.raises(ConfigError, match=r"train\.lr"):
         dbdist.train(SMALL, run_dir=run_dir, train__max_steps=3, train__lr=0.5)
     longer = dbdist.train(run_dir / "config.yaml", run_dir=run_dir, train__max_steps=3)

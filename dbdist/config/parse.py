@@ -75,6 +75,7 @@ def _parsed(prog: str, description: str, pairs: list[Pair]) -> Config:
     set_loader(YAML, load_yaml, (yaml.YAMLError,))
     parser = ArgumentParser(
         prog=prog,
+        usage=f"{prog} [--section.key VALUE …]",
         description=description,
         exit_on_error=False,
         allow_abbrev=False,

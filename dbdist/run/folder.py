@@ -49,6 +49,8 @@ def read_config(run_dir: Path) -> Config | None:
     try:
         if not path.is_file():
             return None
+        if path.stat().st_size == 0:  # elsewhere an empty file means the defaults
+            raise ConfigError("it is empty")
         return parse_config("dbdist", "", [], first=["--config", str(path)])
     except (ConfigError, OSError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None

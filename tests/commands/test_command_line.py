@@ -72,6 +72,11 @@ def test_what_needs_no_torch_imports_none(words):
     assert not modules_after(*words) & {"torch", "jsonargparse", "numpy", "yaml", "rich"}
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_help_of_options_and_mistakes_in_them_need_no_torch(command):
+    assert "torch" not in modules_after(command, "--help")
+
+
 def test_the_package_imports_no_torch():
     code = "import dbdist, sys; print('torch' in sys.modules)"
     command = [sys.executable, "-c", code]

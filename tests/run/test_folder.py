@@ -113,7 +113,7 @@ def test_a_moved_run_is_continued_where_it_is(tmp_path, claim):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"- 1", b"lr: 5", b"train: 5", b"train: null", b"a: [", b"\xff\xfe", b"\0"]
+    "content", [b"", b"- 1", b"lr: 5", b"train: 5", b"a: [", b"\xff\xfe", b"\0"]
 )
 def test_a_damaged_configuration_is_refused_and_not_overwritten(tmp_path, content, claim):
     (tmp_path / "config.yaml").write_bytes(content)
