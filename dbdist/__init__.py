@@ -7,12 +7,15 @@ needs; torch is imported when one of them is called, not with the package.
 
 from typing import TYPE_CHECKING
 
+from dbdist import older_names
 from dbdist.version import __version__
 
 if TYPE_CHECKING:
     from dbdist.evaluate import evaluate
     from dbdist.inference.exported import load
     from dbdist.train import train
+
+older_names.install()
 
 __all__ = ["__version__", "evaluate", "load", "train"]
 

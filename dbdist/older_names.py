@@ -1,0 +1,38 @@
+"""Modules under the names that they had before they moved, for scripts that import them."""
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
+from pkgutil import resolve_name
+from types import ModuleType
+
+MOVED = {
+    "dbdist.compat": "dbdist.inference.published",
+    "dbdist.export": "dbdist.commands.export",
+    "dbdist.import_published": "dbdist.commands.import_published",
+    "dbdist.merge": "dbdist.commands.merge",
+    "dbdist.plan": "dbdist.commands.plan",
+}
+
+
+class OlderNames(MetaPathFinder, Loader):
+    """Finds a moved module where it is now."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return spec_from_loader(name, self) if name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return resolve_name(MOVED[spec.name])
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It has run under its own name."""
+
+
+def install() -> None:
+    """Makes the old names importable."""
+    if not any(isinstance(finder, OlderNames) for finder in sys.meta_path):
+        sys.meta_path.append(OlderNames())
