@@ -42,6 +42,8 @@ class DatasetSpec:
     """Per channel, of training images in [0, 1]; likewise `std`."""
     std: tuple[float, ...]
     class_names: tuple[str, ...] | None
+    white: float = 255.0
+    """The brightest value in the set's own numbers: 16 in scikit-learn's digits."""
 
     def identity(self) -> dict[str, Any]:
         """What tells this data from other data: classes, size and scaling."""

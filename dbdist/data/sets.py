@@ -33,7 +33,7 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SPECS = {
     spec.name: spec
     for spec in (
-        DatasetSpec("digits", 1, 8, 10, (0.3054,), (0.3761,), _DIGITS),
+        DatasetSpec("digits", 1, 8, 10, (0.3054,), (0.3761,), _DIGITS, 16.0),
         DatasetSpec("mnist5k", 1, 28, 10, (0.1311,), (0.3083,), _DIGITS),
         DatasetSpec(
             "cifar10",
@@ -56,6 +56,8 @@ _SPECS = {
 def spec_from(values: dict[str, Any]) -> DatasetSpec:
     """A spec from what `asdict` made of it, by way of JSON."""
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    known = _SPECS.get(given.get("name", ""))
+    given.setdefault("white", known.white if known else 255.0)  # older files have none
     return DatasetSpec(**given)
 
 

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dbdist.data.images import DatasetSpec, normalize
+from dbdist.data.images import DatasetSpec
+from dbdist.data.inputs import pixels_of
 from dbdist.tasks.base import Answer
 
 
@@ -37,12 +38,13 @@ class Classifier:
 
     @torch.no_grad()
     def predict_proba(self, images: Any, batch_size: int = 256) -> Float[Tensor, "n k"]:
-        """Class probabilities.
+        """Class probabilities, in the order of `class_names`.
 
-        images: tensor or array (N, C, S, S), or (N, S, S) with one channel; uint8, or float from 0
-        to 1. Raises ValueError for another shape or range.
+        images: (N, C, S, S) or, with one channel, (N, S, S), as tensor, array or list; a PIL image
+        or a list of them; a picture file or a folder of them. Numbers: uint8, floats in [0, 1], or
+        floats in the data set's own range. Raises ValueError for anything else.
         """
-        pixels = normalize(torch.as_tensor(images), self.spec)
+        pixels = pixels_of(images, self.spec)
         answers = [torch.empty(0, self.spec.num_classes, dtype=self.dtype)]
         for batch_idx, rows in enumerate(pixels.split(batch_size) if len(pixels) else ()):
             label = torch.zeros(len(rows), dtype=torch.int64, device=self.device)
