@@ -23,7 +23,9 @@ def main(argv: list[str] | None = None) -> None:
 def run(argv: list[str]) -> None:
     parser = OneLineParser(prog="dbdist import-published", description=__doc__)
     parser.add_argument(
-        "checkpoint", metavar="CKPT", help="published weights: .safetensors or Lightning .ckpt"
+        "checkpoint",
+        metavar="CKPT",
+        help="published weights: a file of safetensors, torch.save or Lightning",
     )
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument(

@@ -5,6 +5,7 @@ the sampler's choice of block where a grid point falls on a boundary (float32 ro
 there).
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,15 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from dbdist.checkpoint.weights import fill, load_weights
+from dbdist.checkpoint.weights import fill
 from dbdist.config.config import Config
 from dbdist.data.images import DatasetSpec
 from dbdist.data.options import ImageOptions
 from dbdist.errors import CheckpointError, ConfigError
 from dbdist.inference.exported import Description, save_model
+from dbdist.inference.foreign_weights import Absent, read_weights, unwrapped
 from dbdist.models import vit
 from dbdist.models.base import build_block, build_shared, materialise
 from dbdist.models.denoiser import Denoiser
@@ -271,55 +272,41 @@ def import_published(
     save_model(out, weights, Description(described, spec, layers, owners=owners))
 
 
+ANCHOR = "vit.embeddings.patch_embeddings.projection.weight"
+"""A tensor that every published model has."""
+
+
 def _read(
     source: str | PathLike[str] | Mapping[str, Tensor],
 ) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """Returns a name for messages, the model's tensors, and sizes found beside them.
+    """Returns a name for messages, the model's tensors by their own names, and sizes beside them.
 
-    The tensors' names come without Lightning's prefix.
+    Says what else the file holds and is not read.
     """
     if isinstance(source, Mapping):
-        return Path("state dict"), *_clean(source, {})
-    path = Path(source)
-    if path.suffix not in (".ckpt", ".pt", ".pth"):
-        weights = load_weights(path)
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        return path, *_clean(weights, metadata)
+        path = Path("state dict")
+        found = unwrapped(path, source, ANCHOR)
+    else:
+        path = Path(source)
+        found = read_weights(path, ANCHOR)
+    tensors = dict(found.tensors)
+    tensors.pop("sigmas", None)  # the sampler's grid, a buffer of the Lightning module
+    ignored = [name for name in found.ignored if name != "sigmas"]
+    if ignored:
+        logging.getLogger("dbdist").warning(
+            "%s: left out %d other tensors: %s, …", path, len(ignored), ", ".join(ignored[:3])
+        )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except Exception as error:  # torch.load raises many types for a damaged or unsafe pickle
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path} cannot be read as plain tensors ({reason[:160]}); nothing in it was executed, "
-            "save its state_dict as safetensors instead"
-        ) from None
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds {type(content).__name__}, not a state dict")
-    state = content.get("state_dict", content)
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"{path}: state_dict is {type(state).__name__}, not a state dict")
-    try:
-        sizes = _flat_sizes(content.get("hyper_parameters"))
+        return path, tensors, _numbers(_flat_sizes(found.beside))
     except RecursionError:
         raise CheckpointError(f"{path}: hyper_parameters contain themselves") from None
-    return path, *_clean(state, sizes)
 
 
-def _clean(
-    state: Mapping[Any, Any], found: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {
-        k.removeprefix("model."): v
-        for k, v in state.items()
-        if isinstance(k, str) and isinstance(v, Tensor)
-    }
-    tensors.pop("sigmas", None)  # the sampler's grid, a buffer of the Lightning module
+def _numbers(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes among them."""
     known = {k: v for k, v in found.items() if k in PublishedConfig.__dataclass_fields__}
     try:
-        return tensors, {k: int(v) for k, v in known.items()}
+        return {k: int(v) for k, v in known.items()}
     except ValueError as error:
         raise CheckpointError(f"a size beside the weights is no number ({error})") from None
 
@@ -328,11 +315,13 @@ def _flat_sizes(hyper_parameters: Any) -> dict[str, Any]:
     """Sizes among Lightning's hyper-parameters, nested or not, under our names or transformers'."""
     aliases = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
     found: dict[str, Any] = {}
+    if isinstance(hyper_parameters, Absent):  # of a Namespace or the like
+        return _flat_sizes(hyper_parameters.values)
     if isinstance(hyper_parameters, Mapping):
         for key, value in hyper_parameters.items():
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping | Absent):
                 found |= _flat_sizes(value)
-            elif isinstance(key, str) and isinstance(value, int):
+            elif isinstance(key, str) and isinstance(value, int | str):
                 found[aliases.get(key, key)] = value
     return found
 
