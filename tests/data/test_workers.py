@@ -1,5 +1,6 @@
 """Workers that load: what ends them, what they say, and that nothing waits for them."""
 
+import logging
 import multiprocessing
 import os
 import resource
@@ -149,11 +150,13 @@ def test_a_damaged_picture_stops_in_one_sentence_after_the_batches_before(
 
 
 def test_damaged_pictures_are_replaced_the_same_way_by_any_workers_and_named_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_folder(tmp_path, "cat", n=6)
     path = tmp_path / "train/cat/3.png"
     path.write_bytes(b"no picture")
+    monkeypatch.setattr(module, "_LOG", log := logging.Logger("test"))
+    log.addHandler(caplog.handler)
     data = config("image_folder", tmp_path, image_size=8, on_error="skip")
     seen = []
     for num_workers in (0, 1, 2):
