@@ -81,7 +81,11 @@ def find_damage(dataset: Dataset, split: str) -> Iterator[str]:
     pool = ThreadPoolExecutor(os.cpu_count() or 1)
     try:
         with Progress(
-            *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+            *columns,
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            redirect_stdout=sys.stdout.isatty(),  # what goes to a file stays out of the terminal
         ) as progress:
             task = progress.add_task(split, total=len(dataset))
             for start, found in zip(starts, pool.map(check, starts), strict=True):

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from dbdist.data.paths import require_file, shown
 from dbdist.data.pictures import ENDINGS
@@ -33,11 +33,11 @@ _SIGNATURES = (
 )
 
 
-@dataclass(frozen=True)
-class PictureFile:
+class PictureFile(NamedTuple):
     """A file with a picture, and its size in bytes."""
 
-    path: Path
+    path: str
+    """Text: a million of it is made and kept with less than a million of Path."""
     size: int
 
 
@@ -50,6 +50,8 @@ class Found:
     skipped: Counter[str] = field(default_factory=Counter)
     """Ending of the name -> how many files."""
     dead_links: list[Path] = field(default_factory=list)
+    num_loose: int = 0
+    """Pictures that lie beside the class folders."""
     loops: list[Path] = field(default_factory=list)
     """Links to folders that count elsewhere."""
 
@@ -60,6 +62,8 @@ class Found:
             kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.skipped.items()))
             total = self.skipped.total()
             said.append(f"{total} files that look like pictures are left out ({kinds})")
+        if self.num_loose:
+            said.append(f"{self.num_loose} pictures that lie in no class folder are left out")
         for kind, links in (
             ("links that lead nowhere", self.dead_links),
             ("links to folders that count already", self.loops),
@@ -116,6 +120,8 @@ def find_pictures(root: Path, split: Literal["train", "test"]) -> Found:
             raise DataError(_why_empty(path, found))
     if not found.files:
         raise DataError(f"{shown(folder)} holds no pictures")
+    beside = (folder / entry.name for entry in _entries(folder) if not entry.is_dir())
+    found.num_loose = sum(path.suffix.lower() in ENDINGS for path in beside)
     return found
 
 
@@ -173,41 +179,47 @@ def _identities(folders: dict[str, Path]) -> set[tuple[int, int]]:
 
 def _add_pictures(folder: Path, label: int, found: Found, seen: set[tuple[int, int]]) -> None:
     """Adds what lies below a class folder: folders by their paths, in each the files by name."""
-    for below in sorted(_walk(folder, found, seen), key=lambda walked: os.fsencode(walked[0])):
-        for path in below[1]:
-            found.files.append(PictureFile(path, require_file(path).st_size))
-            found.labels.append(label)
+    for _, files in sorted(_walk(folder, found, seen), key=lambda walked: os.fsencode(walked[0])):
+        found.files += files
+        found.labels += [label] * len(files)
 
 
 def _walk(
     folder: Path, found: Found, seen: set[tuple[int, int]]
-) -> Iterator[tuple[Path, list[Path]]]:
+) -> Iterator[tuple[Path, list[PictureFile]]]:
     """(folder, its pictures) of this folder and all real folders below it that are not seen."""
     todo = [folder]
     while todo:
         current = todo.pop()
-        pictures: list[Path] = []
+        files: list[PictureFile] = []
         for entry in _entries(current):
-            path = current / entry.name
-            if entry.is_symlink() and not os.path.exists(path):
-                found.dead_links.append(path)
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                found.dead_links.append(Path(entry.path))
             elif not entry.is_dir():
-                if _is_picture(path, found):
-                    pictures.append(path)
-            elif (identity := _identity(path)) in seen:
-                found.loops.append(path)
+                if _is_picture(entry, found):
+                    files.append(_file(entry))
+            elif (identity := _identity(Path(entry.path))) in seen:
+                found.loops.append(Path(entry.path))
             else:
                 seen.add(identity)
-                todo.append(path)
-        yield current, pictures
+                todo.append(Path(entry.path))
+        yield current, files
 
 
-def _is_picture(path: Path, found: Found) -> bool:
+def _file(entry: os.DirEntry[str]) -> PictureFile:
+    """Raises DataError for what is no file."""
+    status = entry.stat() if entry.is_file() else require_file(Path(entry.path))
+    return PictureFile(entry.path, status.st_size)
+
+
+def _is_picture(entry: os.DirEntry[str], found: Found) -> bool:
     """By the ending of the name; a file without one by its first bytes."""
-    ending = path.suffix.lower()
+    ending = os.path.splitext(entry.name)[1].lower()
     if ending in ENDINGS:
         return True
-    is_one = ending in OTHER_ENDINGS or (ending not in TEXT_ENDINGS and _starts_like_one(path))
+    is_one = ending in OTHER_ENDINGS
+    if not is_one and ending not in TEXT_ENDINGS:
+        is_one = _starts_like_one(Path(entry.path))
     if is_one and ending:
         found.skipped[ending] += 1
     return is_one and not ending
@@ -243,7 +255,7 @@ def _read_annotations(annotations: Path, classes: list[str]) -> Found:
         if class_name not in index:
             raise DataError(f"{place}: no class of train is {class_name!r}")
         path = folder / filename
-        found.files.append(PictureFile(path, require_file(path).st_size))
+        found.files.append(PictureFile(str(path), require_file(path).st_size))
         found.labels.append(index[class_name])
     if not found.files:
         raise DataError(f"{shown(annotations)} is empty")

@@ -199,14 +199,18 @@ class ImageFiles(ImageDataset):
         super().__init__(spec, labels, augment)
         self.remarks = remarks
         self._root, self._on_error = root, on_error
-        self._images = [file.path for file in files]
+        self._paths = [file.path for file in files]
         self._sizes = [file.size for file in files]
         self._notes: list[str] = []
+
+    @property
+    def _images(self) -> list[Path]:
+        return [Path(path) for path in self._paths]
 
     def digest(self) -> str:
         """SHA-256 of the labels, the names of the files below the root, and their sizes."""
         digest = hashlib.sha256(self.labels.numpy().tobytes())
-        for path, size in zip(self._images[: len(self)], self._sizes, strict=False):
+        for path, size in zip(self._paths[: len(self)], self._sizes, strict=False):
             digest.update(self._name(path) + b"\0%d\0" % size)
         return digest.hexdigest()
 
@@ -237,7 +241,7 @@ class ImageFiles(ImageDataset):
                 damage = damage or error
                 continue
             if damage is not None:
-                other = shown(os.fsdecode(self._name(self._images[used])))
+                other = shown(os.fsdecode(self._name(self._paths[used])))
                 self._notes.append(f"{damage}; {other} takes its place")
             return pixels, used
         raise DataError(f"{damage}; nor can others of its class be used")
@@ -247,14 +251,14 @@ class ImageFiles(ImageDataset):
         yield i
         same = torch.nonzero(self.labels == self.labels[i]).flatten()
         for attempt in range(MAX_TRIES):
-            name = self._name(self._images[i]) + b"\0%d" % attempt
+            name = self._name(self._paths[i]) + b"\0%d" % attempt
             number = int.from_bytes(hashlib.sha256(name).digest()[:8], "big")
             yield int(same[number % len(same)])
 
     def _read(self, i: int) -> Shaped[Tensor, "c h w"]:
-        return read_picture(self._images[i], self.spec.image_size)
+        return read_picture(Path(self._paths[i]), self.spec.image_size)
 
-    def _name(self, path: Path) -> bytes:
+    def _name(self, path: str) -> bytes:
         """Below the root, as the file system has it."""
         return os.fsencode(path).removeprefix(os.fsencode(self._root) + b"/")
 

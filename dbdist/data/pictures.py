@@ -45,10 +45,11 @@ def read_picture(path: Path, size: int) -> UInt8[Tensor, "c h w"]:
 
     Raises DataError, in one sentence that names the file, for one that cannot be used.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
     from torchvision.transforms.v2 import functional as F
 
-    require_file(path)
+    if require_file(path).st_size == 0:
+        raise DataError(f"{shown(path)} is not a readable image: it is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images and odd metadata
@@ -65,6 +66,9 @@ def read_picture(path: Path, size: int) -> UInt8[Tensor, "c h w"]:
         raise DataError(f"{shown(path)} {error}; convert or remove it") from None
     except DataError:
         raise
+    except UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise DataError(f"{shown(path)} is not a readable image: none of {known}") from None
     except Exception as error:  # a damaged file can raise anything
         reason = " ".join(shown(str(error)).split()) or type(error).__name__
         raise DataError(f"{shown(path)} is not a readable image: {reason}") from error

@@ -86,6 +86,14 @@ def test_pictures_are_known_by_ending_or_content_and_others_are_counted(tmp_path
     )
 
 
+def test_pictures_in_no_class_folder_are_counted(tmp_path: Path) -> None:
+    data = write_folder(tmp_path, "cat")
+    for name in ("a.png", "b.JPG", "classes.txt"):
+        write_image(tmp_path / "train/cat/x.png")
+        (tmp_path / "train/cat/x.png").rename(tmp_path / "train" / name)
+    assert load(data).remarks == ["2 pictures that lie in no class folder are left out"]
+
+
 def test_a_name_that_is_not_utf8_is_trained_on(tmp_path: Path) -> None:
     data = write_folder(tmp_path, "cat", "dog")
     folder = os.fsencode(tmp_path) + b"/train"
