@@ -1,32 +1,36 @@
-"""Fixtures for all tests: small configurations, golden vectors, and a pool of real ranks."""
-# ruff: noqa: E402  # the environment comes before torch
+"""Fixtures for all tests: golden vectors, a pool of real ranks, launchers and their processes.
+
+torch is imported inside them: the process that only hands tests to others does without.
+"""
 
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from forks import Forks
+    from machine import Machine
+    from ranks import RankPool
+    from torch import Tensor
 
 # As torchrun sets it: ranks must not fight for two cores, and sums must not depend on the machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# Ranks import torch again and again: where Python is to write no bytecode, a test run still does.
+# Tests start many processes: where Python is to write no bytecode, a test run still does.
 sys.dont_write_bytecode = False
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 
-import pytest
-import torch
-from forks import Forks
-from machine import Machine
-from ranks import RankPool
-from safetensors.torch import load_file
-from torch import Tensor
-
-torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -36,36 +40,46 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def float64() -> Iterator[None]:
     """Everything in double precision."""
+    import torch
+
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="session")
-def golden() -> Callable[[str], dict[str, Tensor]]:
+def golden() -> "Callable[[str], dict[str, Tensor]]":
     """`golden("a/vectors")`: tensors that the published code produced."""
+    from safetensors.torch import load_file
+
     return lambda name: load_file(GOLDEN / f"{name}.safetensors")
 
 
 @pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
+def forks() -> "Iterator[Forks]":
     """Processes that have imported torch already."""
+    from forks import Forks
+
     host = Forks()
     yield host
     host.close()
 
 
 @pytest.fixture(scope="session")
-def ranks(forks: Forks) -> Iterator[RankPool]:
+def ranks(forks: "Forks") -> "Iterator[RankPool]":
     """Real processes that talk over gloo; see `RankPool.run`."""
+    from ranks import RankPool
+
     pool = RankPool(forks)
     yield pool
     pool.close()
 
 
 @pytest.fixture(scope="module")
-def machine(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+def machine(forks: "Forks", tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Machine]":
     """Starts launchers and their ranks; no process of theirs outlives a test."""
+    from machine import Machine
+
     machine = Machine(tmp_path_factory.mktemp("machine"), forks)
     yield machine
     machine.close(0.0)

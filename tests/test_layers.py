@@ -141,6 +141,29 @@ def test_no_file_is_too_long():
     assert not {name: length for name, length in lengths.items() if length > MAX_LINES}
 
 
+def lines_of_code(path):
+    """(number, text) of lines other than imports, comments and docstrings."""
+    text, left_out = path.read_text(), set()
+    for node in ast.walk(ast.parse(text)):
+        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if is_text or isinstance(node, ast.Import | ast.ImportFrom):
+            left_out |= set(range(node.lineno, node.end_lineno + 1))
+    lines = ((i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if i not in left_out)
+    return [(i, line) for i, line in lines if line and not line.startswith("#")]
+
+
+def test_no_ten_lines_stand_twice():
+    places, twice = {}, []
+    for name, path in SOURCES.items():
+        lines = lines_of_code(path)
+        for ten in (lines[i : i + 10] for i in range(len(lines) - 9)):
+            place = f"{name}:{ten[0][0]}"
+            first = places.setdefault(tuple(text for _, text in ten), place)
+            if first != place:
+                twice.append(f"{first} and {place}")
+    assert not twice
+
+
 def first_paragraphs():
     """(place, first paragraph) of every docstring."""
     for name, path in SOURCES.items():
