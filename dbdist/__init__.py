@@ -1,5 +1,4 @@
-"""dbdist: block-parallel training of residual transformers as DiffusionBlocks (arXiv
-2506.14202).
+"""Block-parallel training of residual transformers as DiffusionBlocks (arXiv 2506.14202).
 
 `dbdist.train(config)`, `dbdist.evaluate(run_dir)` and `dbdist.load(folder)` are what a program
 needs; torch is imported when one of them is called, not with the package.

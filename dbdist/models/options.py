@@ -1,4 +1,4 @@
-"""Options of the architectures, without torch: a configuration is read and checked without it."""
+"""Options of the architectures, without torch: a configuration is checked without it."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal

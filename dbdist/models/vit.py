@@ -1,10 +1,10 @@
-"""The vision transformer, split into shared modules and layers; knows nothing of tasks or ranks.
+"""The vision transformer, split into shared modules and blocks of layers.
 
-Two versions of the same size: the noise-conditioned one of DiffusionBlocks (`ViTShared`, layers
-with AdaLN) and the plain one for end-to-end training (`PlainViTShared`, layers without). Parameter
-names carry the global layer index, so that shared modules and blocks of one model never clash.
-Layout of the published code of arXiv 2506.14202: post-activation AdaLN, label embedding in place of
-the class token, LayerNorm eps 1e-12.
+It knows nothing of noise or ranks. There are two versions of the same size: the noise-conditioned
+one of DiffusionBlocks (`ViTShared`, layers with AdaLN) and the plain one for end-to-end training
+(`PlainViTShared`, layers without). Parameter names carry the global layer index, so that shared
+modules and blocks of one model never clash. The layout is that of the published code
+(post-activation AdaLN, label embedding in place of the class token, LayerNorm eps 1e-12).
 
 Shapes: N samples, C channels, S image side, T = patches + 1 tokens, D width, E condition width, K
 classes.
@@ -63,8 +63,10 @@ class ViTConfig:
 
 
 class AdaLN(nn.Module):
-    """`num_chunks` modulation vectors from the noise-level condition: SiLU(Linear(c)), zero at
-    first."""
+    """`num_chunks` modulation vectors from the noise-level condition: SiLU(Linear(c)).
+
+    They are zero at first.
+    """
 
     def __init__(self, config: ViTConfig, num_chunks: int) -> None:
         super().__init__()
@@ -95,8 +97,10 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """A pre-norm transformer layer; with a condition, AdaLN shifts, scales and gates both
-    branches."""
+    """A pre-norm transformer layer.
+
+    With a condition, AdaLN shifts, scales and gates both branches.
+    """
 
     def __init__(self, config: ViTConfig, conditioned: bool) -> None:
         super().__init__()
@@ -168,8 +172,7 @@ class ViTShared(nn.Module):
 
 
 class PlainViTShared(nn.Module):
-    """Everything outside the layers of the plain ViT: class token, patches, positions, norm and
-    head."""
+    """Everything of the plain ViT but its layers: class token, patches, positions, norm, head."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()

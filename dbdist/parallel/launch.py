@@ -41,8 +41,11 @@ class Launch:
 
     @staticmethod
     def from_environment() -> "Launch":
-        """Raises TopologyError for variables that are incomplete or contradict each other, and for
-        many processes of a launcher that numbers none."""
+        """Reads the launcher's variables.
+
+        Raises TopologyError for variables that are incomplete or contradict each other, and for
+        many processes of a launcher that numbers none.
+        """
         if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
             for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
                 if (count := os.environ.get(name, "1")) != "1":
@@ -84,10 +87,11 @@ class Launch:
         )
 
     def store(self, timeout_s: float) -> "dist.Store":
-        """The launcher's key-value store, under a prefix that only this start of the world has: a
-        restarted world must not read the addresses of the one before.
+        """Returns the launcher's key-value store, under a prefix that only this start has.
 
-        Raises TopologyError when the ranks have not met in time; rank 0 says who is missing.
+        A restarted world must not read the addresses of the one before. Raises TopologyError when
+        the ranks
+        have not met in time; rank 0 says who is missing.
         """
         import torch.distributed as dist
 
@@ -108,8 +112,12 @@ class Launch:
         return store
 
     def _meet(self, store: "dist.Store", timeout_s: float) -> str:
-        """A name for this start, the same on every rank. Rank 0 invents it and sends it in answer
-        to each rank's own new name; what an earlier start has left in the store answers nobody."""
+        """Returns a name for this start, the same on every rank.
+
+        Rank 0 invents it and sends it in answer to each rank's own new name; what an earlier start
+        has left
+        in the store answers nobody.
+        """
         name = uuid.uuid4().hex
         if self.rank > 0:
             store.set(f"arrived/{self.rank}", name)
@@ -155,9 +163,12 @@ class Launch:
         return ("the launcher's command with: " if others else "") + shlex.join([*own, *options])
 
     def leave_together(self, seconds: float = 5.0) -> None:
-        """Waits until every rank is about to leave because of a user's mistake; gives up after
-        `seconds`. The launcher would end the others when the first has left: instead they all leave
-        by themselves, each with its message and exit code."""
+        """Waits until every rank is about to leave after a user's mistake, or `seconds` are over.
+
+        The launcher would end the others when the first has left: instead they all leave by
+        themselves,
+        each with its message and exit code.
+        """
         if self.world_size == 1:
             return
         import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""A rendezvous for torchrun on one node, whose store listens on the loopback interface alone:
+"""A rendezvous for torchrun on one node, whose store listens on the loopback interface only.
 
     torchrun --rdzv-backend=loopback --nproc_per_node=3 -m dbdist.train …
 

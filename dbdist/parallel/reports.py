@@ -1,4 +1,4 @@
-"""What torchrun says after a failure: the one line of the rank at fault, instead of 40 of its own.
+"""What torchrun says after a failure: the one line of the rank at fault, not 40 of its own.
 
 A rank writes its line to torchelastic's error file; torchrun's agent, which imports dbdist for
 `loopback`, prints it as the last line on the terminal. Reports about other programs stay as they
