@@ -15,7 +15,7 @@ COMMANDS = {
     "configs": "list the configurations that come with dbdist, or write one here for editing",
     "plan": "show which block would go on which GPUs of which node, what it needs there, and what "
     "to type",
-    "check-data": "open every picture once and list what cannot be used",
+    "check-data": "open every sample once and list what cannot be used",
     "export": "write a run's model as one model.safetensors + config.json for dbdist.load",
     "merge": "join blocks of one model that were trained in different places into one run",
     "import-published": "convert weights of the published ViT code to an exported model",

@@ -2,7 +2,7 @@
 
     dbdist check-data CONFIG
 
-Trains nothing and starts no process. Options of the configuration change it as for train.
+It trains nothing and starts no process. Options of the configuration change it as for train.
 """
 
 import dataclasses

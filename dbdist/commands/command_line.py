@@ -113,7 +113,13 @@ def without_local_rank(argv: list[str]) -> list[str]:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse with its complaints in one line, and `~` as the home folder in every word."""
+    """argparse with its complaints in one line, and `~` as the home folder in every word.
+
+    A description keeps its lines.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         fail(self.prog, f"{message}; see --help")

@@ -1,6 +1,8 @@
-"""`dbdist configs [NAME]`: lists the configurations that come with dbdist, or writes one here.
+"""Lists the configurations that come with dbdist, or writes one here for editing.
 
-`dbdist train NAME` takes a preset as it is; NAME.yaml in the current folder is for editing.
+    dbdist configs [NAME]
+
+`dbdist train NAME` takes a preset as it is, `dbdist train NAME.yaml` the file written here.
 """
 
 import sys

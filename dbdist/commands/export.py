@@ -1,6 +1,6 @@
 """Writes a run's model as one model.safetensors + config.json, for `dbdist.load(OUT)`.
 
-dbdist export RUN OUT
+    dbdist export RUN OUT
 """
 
 import sys
@@ -33,7 +33,7 @@ def run(argv: list[str]) -> None:
     given, options = parser.parse_known_args(argv)
     config = config_of_run("dbdist export", "", ["--run_dir", given.run_dir, *options])
     export(config, Path(given.out))
-    print(f"{given.out}: dbdist.load({given.out!r}).predict(images)")
+    print(f"{given.out}: dbdist.load({given.out!r})")
 
 
 def export(config: Config, out: Path) -> None:

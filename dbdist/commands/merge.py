@@ -1,5 +1,9 @@
-"""`dbdist merge RUN_A RUN_B … OUT`: joins blocks of one model that were trained in different places
-into a new run, by ownership. Runs of sync: never or every; OUT keeps the configuration of RUN_A."""
+"""Joins blocks of one model that were trained in different places into a new run.
+
+    dbdist merge RUN_A RUN_B … OUT
+
+The runs have parallel.sync never or every. OUT keeps the configuration of RUN_A.
+"""
 
 import dataclasses
 import hashlib
@@ -69,7 +73,7 @@ def run(argv: list[str]) -> None:
     parser = OneLineParser(prog="dbdist merge", description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, two or more")
     parser.add_argument("out", metavar="OUT", help="folder to write: a run")
-    parser.add_argument("--step", type=int, help="of all blocks; the newest that all have")
+    parser.add_argument("--step", type=int, help="step of all blocks; default: the newest that all have")
     parser.add_argument(
         "--from",
         dest="sources",

@@ -1,8 +1,9 @@
-"""`dbdist plan CONFIG --nodes N --gpus-per-node G`: where every block would go, what its ranks
-would hold, and what to type.
+"""Shows where every block would go, what its ranks would hold, and what to type.
 
-Arithmetic alone: starts no process, joins no group and makes no weights. Options of the
-configuration change it as for train.
+    dbdist plan CONFIG --nodes N --gpus-per-node G
+
+This is arithmetic only: it starts no process, joins no group and makes no weights.
+Options of the configuration change it as for train.
 """
 
 import shlex
@@ -44,7 +45,7 @@ def run(argv: list[str]) -> None:
         description=__doc__,
         allow_abbrev=False,
     )
-    parser.add_argument("--nodes", metavar="N", type=int, default=1, help="machines; 1")
+    parser.add_argument("--nodes", metavar="N", type=int, default=1, help="machines; default: 1")
     parser.add_argument(
         "--gpus-per-node", metavar="G", type=int, required=True, help="GPUs of each machine"
     )

@@ -104,7 +104,7 @@ class SamplerOptions(Options):
     num_steps: int | None = None
     """Denoiser evaluations over the whole chain, at least num_blocks; null: 2 x num_blocks."""
     grid: Literal["partition", "rho"] = "partition"
-    """Levels of the steps: equal parts of what the blocks share (partition), or equal steps of
+    """Levels of the steps: equal steps of what the blocks share (partition), or equal steps of
     level^(1/rho) (rho), where a block may get many steps and another few."""
     rho: float = 7.0
     """With grid: rho, the exponent; > 0. EDM (2206.00364), equation 5."""
@@ -252,8 +252,9 @@ class ParallelConfig(Options):
     """Standard DeepSpeed JSON file, for replica_engine: deepspeed; null: ZeRO stage 1. Batch sizes,
     clipping, precision and optimizer come from this configuration."""
     coordinator: Literal["colocated", "dedicated", "sharded"] = "colocated"
-    """Owner of the shared modules and their optimizer: rank 0 beside block 0, a rank 0 of its own
-    (one rank more), or all ranks a part each (sharded, for large embeddings)."""
+    """Owner of the shared modules and their optimizer: rank 0 beside block 0 (colocated), a rank 0
+    without a block, so one rank more (dedicated), or a shard on every rank (sharded, for large
+    embeddings)."""
     sync: Literal["step", "every", "never"] = "step"
     """Shared modules: gradients averaged each step; parameters averaged every sync_every steps; or
     never, each block keeping its own."""
@@ -265,15 +266,15 @@ class ParallelConfig(Options):
     outer_momentum: float = 0.0
     """Nesterov momentum of the outer SGD; 0 to 1."""
     blocks: int | tuple[int, ...] | None = None
-    """Blocks to train by themselves, with sync: every or never; null: all. One rank for each (or
+    """Blocks that this job trains, with sync: every or never; null: all. One rank for each (or
     parallel.replicas). They exchange nothing, whatever sync says, and start from the newest step
-    that all of them have; the others' files in the run directory stay as they are."""
+    that all of them have; the files of other blocks in the run directory stay as they are."""
     check_every: int = 0
-    """Steps between comparisons of the weights that several ranks hold alike, by their hashes; 0:
-    never. A difference stops the run."""
+    """Steps between comparisons, by hash, of the weights that several ranks hold; 0: never. A
+    difference stops the run."""
     timeout_s: float = 600.0
-    """Seconds that a rank may stand still, or not come, before all ranks give up. Collectives, in
-    which nobody can be told to be late, fail after twice as long."""
+    """Seconds that a rank may be stuck, or may need to start, before all ranks give up. Collectives,
+    which cannot say who is late, fail after twice as long."""
 
 
 @dataclass(frozen=True, kw_only=True)
