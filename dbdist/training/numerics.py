@@ -33,9 +33,8 @@ class BadStep:
     """Over the block and its shared modules, averaged over its replicas."""
     indices: Sequence[int]
     """Of this rank's samples in the training set."""
-    cross_entropy_N: Tensor
-    sigma_N: Tensor | None
-    """Noise levels of the samples; None without noise."""
+    per_sample: Mapping[str, Tensor]
+    """What is known of each sample (n,): what the task records, by its names, and its level."""
     grad_norms: Mapping[str, float]
     """By parameter, of what lies on this rank."""
     lr: float
@@ -57,8 +56,7 @@ class BadStep:
             "loss": _plain(self.loss),
             "grad_norm": _plain(self.grad_norm),
             "batch_indices": list(self.indices),
-            "cross_entropy": [_plain(v) for v in self.cross_entropy_N.tolist()],
-            "sigma": None if self.sigma_N is None else [_plain(v) for v in self.sigma_N.tolist()],
+            **{name: [*map(_plain, values.tolist())] for name, values in self.per_sample.items()},
             "grad_norms": {name: _plain(v) for name, v in self.grad_norms.items()},
         }
         partial = path.with_name(path.name + ".partial")

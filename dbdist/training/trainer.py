@@ -229,8 +229,7 @@ class Trainer:
             loss=loss,
             grad_norm=grad_norm,
             indices=trainee.batches.indices_of_step(trainee.steps_done),
-            cross_entropy_N=next(iter(done.values().values())),
-            sigma_N=torch.cat(done.level_N) if done.level_N else None,
+            per_sample={**done.values(), **self._levels_of(done)},
             grad_norms=norms_of(gradients) | norms_of({PREFIX + n: g for n, g in shared.items()}),
             lr=owned.engine.optimizer.param_groups[0]["lr"],
         )
@@ -253,6 +252,10 @@ class Trainer:
             "a lower train.lr",
             is_fault=True,
         )
+
+    def _levels_of(self, done: StepResult) -> dict[str, Tensor]:
+        """The samples' levels by what the process calls them; empty without levels."""
+        return {self.levels.name: torch.cat(done.level_N)} if self.levels else {}
 
     def _step_shared_alone(self, steps_done: int) -> None:
         self.topology.watch.at("sync", waits=True)

@@ -50,8 +50,7 @@ def test_the_report_is_json_that_everybody_reads(tmp_path):
         loss=math.nan,
         grad_norm=math.inf,
         indices=[4, 2],
-        cross_entropy_N=torch.tensor([0.5, math.nan]),
-        sigma_N=torch.tensor([0.25, 2.0]),
+        per_sample={"energy": torch.tensor([0.5, math.nan]), "sigma": torch.tensor([0.25, 2.0])},
         grad_norms=norms_of({"w": torch.tensor([3.0, 4.0]), "v": torch.tensor([math.inf])}),
         lr=0.1,
     )
@@ -67,7 +66,7 @@ def test_the_report_is_json_that_everybody_reads(tmp_path):
         "loss": "nan",
         "grad_norm": "inf",
         "batch_indices": [4, 2],
-        "cross_entropy": [0.5, "nan"],
+        "energy": [0.5, "nan"],
         "sigma": [0.25, 2.0],
         "grad_norms": {"w": 5.0, "v": "inf"},
     }
