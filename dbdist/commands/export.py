@@ -1,6 +1,8 @@
 """Writes a run's model as one model.safetensors + config.json, for `dbdist.load(OUT)`.
 
     dbdist export RUN OUT
+
+The data's files are not needed.
 """
 
 import sys

@@ -73,7 +73,7 @@ def run(argv: list[str]) -> None:
     parser = OneLineParser(prog="dbdist merge", description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, two or more")
     parser.add_argument("out", metavar="OUT", help="folder to write: a run")
-    parser.add_argument("--step", type=int, help="step of all blocks; default: the newest that all have")
+    parser.add_argument("--step", type=int, help="of all blocks; default: the newest that all have")
     parser.add_argument(
         "--from",
         dest="sources",

@@ -273,8 +273,8 @@ class ParallelConfig(Options):
     """Steps between comparisons, by hash, of the weights that several ranks hold; 0: never. A
     difference stops the run."""
     timeout_s: float = 600.0
-    """Seconds that a rank may be stuck, or may need to start, before all ranks give up. Collectives,
-    which cannot say who is late, fail after twice as long."""
+    """Seconds that a rank may be stuck, or may need to start, before all ranks give up.
+    Collectives, which cannot say who is late, fail after twice as long."""
 
 
 @dataclass(frozen=True, kw_only=True)
