@@ -26,6 +26,11 @@ KEYS = [[0, 1], [2, 3], [4, 5]] * 4
 pytestmark = pytest.mark.timeout(60)
 
 
+@pytest.fixture(autouse=True)
+def asked_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_S", 0.1)
+
+
 class Fails(Points):
     """Points whose worker meets with something at its third sample."""
 
