@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -35,13 +35,18 @@ class Rank:
         self.launch = Launch(rank, world_size, rank, world_size)
         self.store = dist.FileStore(path, world_size)
 
-    def join(self, layout: Layout, timeout_s: float = 60.0) -> Topology:
+    def join(
+        self,
+        layout: Layout,
+        timeout_s: float = 60.0,
+        device: Literal["auto", "cpu", "cuda"] = "cpu",
+    ) -> Topology:
         # Every collective is checked against its peers', but for DDP: torch 2.15 crashes in its
         # set-up then.
-        level = dist.DebugLevel.OFF if layout.num_replicas > 1 else dist.DebugLevel.DETAIL
-        dist.set_debug_level(level)
+        is_checked = layout.num_replicas == 1 and device == "cpu"
+        dist.set_debug_level(dist.DebugLevel.DETAIL if is_checked else dist.DebugLevel.OFF)
         return build_topology(
-            layout, self.launch, "cpu", timeout_s, dist.PrefixStore("run", self.store)
+            layout, self.launch, device, timeout_s, dist.PrefixStore("run", self.store)
         )
 
 
