@@ -1,6 +1,5 @@
 """Says on what a measurement was made: the machine, its driver, torch, the code, the command."""
 
-import os
 import platform
 import shlex
 import subprocess
@@ -14,10 +13,7 @@ from dbdist.version import commit, digest_of_code
 
 
 def environment(device: str, command: Sequence[str]) -> dict[str, Any]:
-    """Facts for the JSON of a measurement. device: as the configuration says.
-
-    The variable DBDIST_COMMIT names the commit where there is no repository.
-    """
+    """Facts for the JSON of a measurement. device: as the configuration says."""
     is_on_gpu = device != "cpu" and torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if is_on_gpu else platform.machine(),
@@ -25,7 +21,7 @@ def environment(device: str, command: Sequence[str]) -> dict[str, Any]:
         "driver": driver() if is_on_gpu else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": os.environ.get("DBDIST_COMMIT") or commit(),
+        "commit": commit(),
         "code": digest_of_code()[:12],
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": shlex.join(command),

@@ -32,10 +32,12 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--steps", type=Path, help="lines of JSON from dbdist.bench.step --out")
     parser.add_argument("--saving", type=Path, help="what dbdist.bench.save printed")
     parser.add_argument("--tests", type=Path, help="pytest's --junitxml")
+    parser.add_argument("--commit", help="where the measured code is no repository")
     given = parser.parse_args(argv)
     steps, saving = lines_of_json(given.steps), lines_of_json(given.saving)
     first = (steps + saving + [{}])[0]
     facts = {key: first.get(key) or value for key, value in environment("auto", []).items()}
+    facts["commit"] = given.commit or facts["commit"]
     tests = outcomes(given.tests)
     content = {**{k: facts[k] for k in FACTS}, "tests": tests, "steps": steps, "saving": saving}
     given.out.mkdir(parents=True, exist_ok=True)
