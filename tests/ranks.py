@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from forks import Forked, Forks
 
+from dbdist import log
 from dbdist.config.config import Config
 from dbdist.parallel.launch import Launch
 from dbdist.parallel.layout import Layout
@@ -122,6 +123,7 @@ def serve(pipe: Connection) -> None:
         try:
             torch.set_default_dtype(torch.float32)
             function, args, rank, world_size, path = pickle.loads(task)
+            log.share_terminal(None)
             answer = True, function(Rank(rank, world_size, path), *args)
         except BaseException:
             answer = False, traceback.format_exc()
@@ -129,6 +131,13 @@ def serve(pipe: Connection) -> None:
             dist.destroy_process_group()
         gc.collect()  # trainers are cycles that keep gloo's threads
         pipe.send_bytes(pickle.dumps(answer))  # whole: shared memory needs a common parent
+
+
+def warnings_from_now_on() -> list[str]:
+    """A list that all later warnings of this process come to, without their prefix."""
+    found: list[str] = []
+    log.share_terminal(lambda line: found.append(line.partition("warning: ")[2]))
+    return found
 
 
 def config_of(*options: str) -> Config:

@@ -12,7 +12,7 @@ SOURCES = {
     for path in ROOT.rglob("*.py")
 }
 LEVELS: list[set[str]] = [
-    {"errors", "seeds", "version", "older_names", "whole_files"},
+    {"errors", "seeds", "version", "older_names", "whole_files", "log"},
     {"config"},
     {"data", "models", "processes"},
     {"tasks", "build"},

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from dbdist.bench.job import SIGNALS, Kind
-from dbdist.checkpoint import snapshot
+from dbdist.checkpoint import snapshot, writer
 from dbdist.checkpoint.writer import CheckpointWriter
 from dbdist.monitor import record_files
 from dbdist.parallel.launch import Launch
@@ -37,14 +37,14 @@ MOMENTS: dict[str, tuple[Any, str, str]] = {
     "in a broadcast": (dist, "broadcast", "after"),  # it has begun, and is not waited for yet
     "before a file is whole": (os, "fsync", "before"),  # NAME.partial holds all or nothing of it
     "between the files of a checkpoint": (snapshot.Snapshot, "write", "after"),
-    "a part written and not reported": (CheckpointWriter, "_write_part", "after"),
+    "a part written and not reported": (CheckpointWriter, "_write", "after"),
     "a part reported, a record not": (Mailbox, "post", "before"),
     "a record posted": (Mailbox, "post", "after"),
     "in an evaluation": (trainer, "evaluate", "before"),
     # On rank 0:
     "claiming the run directory": (run_folder, "write_yaml", "before"),
-    "before the manifest": (CheckpointWriter, "_write_manifest", "before"),
-    "after the manifest": (CheckpointWriter, "_write_manifest", "after"),
+    "before the manifest": (writer, "write_manifest", "before"),
+    "after the manifest": (writer, "write_manifest", "after"),
     "before a line of metrics": (record_files.MetricsFile, "write", "before"),
     "after a line of metrics": (record_files.MetricsFile, "write", "after"),
 }

@@ -18,7 +18,7 @@ import torch
 
 from dbdist.bench.step import build_trainer, prepared, synchronize
 from dbdist.checkpoint.manifest import complete_folders
-from dbdist.checkpoint.names import MANIFEST
+from dbdist.checkpoint.names import MANIFEST, step_folder
 from dbdist.commands.command_line import OneLineParser, guarded
 from dbdist.config.config import Config
 from dbdist.config.parse import parse_config
@@ -56,14 +56,14 @@ def measure(
 ) -> dict[str, Any]:
     """Medians in milliseconds. Half of the saves are waited for, half have steps beside them."""
     trainer = build_trainer(config, train_set, block)
-    writer, state = trainer.writer, trainer.state
+    writer, state = trainer.saving.writer, trainer.state
     about = {"model": trainer.setup.describe()}
     step_ms = [_step_ms(trainer, step) for step in range(warmup + steps)][warmup:]
     stall_ms: list[float] = []
     write_ms: list[float] = []
     beside_ms: list[float] = []
     for step in range(1, 1 + 2 * saves):
-        manifest = writer.folder / f"step-{step:08d}" / MANIFEST
+        manifest = writer.folder / step_folder(step) / MANIFEST
         start = time.perf_counter()
         writer.save(step, files_of(state), about)
         stall_ms.append(_ms_since(start))

@@ -8,6 +8,7 @@ reading; `checkpoint_writer` writes.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import Any
 
 from torch import Tensor
 
+from dbdist import whole_files
 from dbdist.checkpoint.names import FILE, MANIFEST, blocks_in, step_folders, step_of
 from dbdist.checkpoint.older import upgraded_model
 from dbdist.checkpoint.parts import assemble, differences, has_all
 from dbdist.checkpoint.weights import load_weights
 from dbdist.errors import CheckpointError
+from dbdist.whole_files import open_file, read_file, sync_folder, write_json
 
 FORMAT = "dbdist-checkpoint"
 VERSION = 1
@@ -34,10 +37,17 @@ class Checkpoint:
     manifest: dict[str, Any]
     _verified: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False)
     """Length and time of change of the files whose SHA-256 was right: none is hashed twice."""
+    _held: list[int] = field(default_factory=list, compare=False)
+    """The descriptor that keeps other processes from removing it."""
 
     @property
     def step(self) -> int:
         return self.manifest["step"]
+
+    def close(self) -> None:
+        """Lets a run that goes on remove it again."""
+        while self._held:
+            os.close(self._held.pop())
 
     def has(self, file: str) -> bool:
         return file in self.manifest["files"]
@@ -140,11 +150,19 @@ def saved_folders(folder: Path, blocks: Sequence[int] | None = None) -> list[Pat
     return sorted(found, key=step_of)
 
 
-def open_folder(path: Path, blocks: Sequence[int] | None = None) -> Checkpoint:
-    """The checkpoint in one of `saved_folders`. Raises CheckpointError for a damaged one."""
-    if blocks is not None and set(blocks) <= set(blocks_in(path)):
-        return Checkpoint(path, {**_HEAD, **assemble(path, blocks)})
-    return Checkpoint(path, read_manifest(path))
+def open_folder(path: Path, blocks: Sequence[int] | None = None, hold: bool = False) -> Checkpoint:
+    """The checkpoint in one of `saved_folders`; raises CheckpointError for a damaged one.
+
+    hold: a run that goes on shall not remove it before `Checkpoint.close`. Raises OSError then.
+    """
+    held = [whole_files.hold(path)] if hold else []
+    try:
+        if blocks is not None and set(blocks) <= set(blocks_in(path)):
+            return Checkpoint(path, {**_HEAD, **assemble(path, blocks)}, _held=held)
+        return Checkpoint(path, read_manifest(path), _held=held)
+    except BaseException:
+        Checkpoint(path, {}, _held=held).close()
+        raise
 
 
 def newest_steps(run_dir: Path, num_blocks: int) -> list[int | None]:
@@ -163,12 +181,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises CheckpointError for one that is damaged, of another format, version or step, or names
     files outside the folder."""
     file = path / MANIFEST
-    if not file.is_file():
+    if not file.exists():
         if not has_all(path):
             raise CheckpointError(f"{path} is incomplete: it has neither {MANIFEST} nor all parts")
         return {**_HEAD, **assemble(path)}
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(read_file(file))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
@@ -194,6 +212,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return {**manifest, "model": upgraded_model(manifest["model"])}
 
 
+def write_manifest(
+    path: Path, content: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Makes a step's folder a checkpoint, whose files are on disk already.
+
+    files: size and SHA-256 by name. Raises OSError, and CheckpointError for a file that is not
+    here.
+    """
+    for name, entry in files.items():
+        if not (path / name).is_file() or (path / name).stat().st_size != entry["bytes"]:
+            raise CheckpointError(
+                f"{path / name} was written by another rank but is not here; "
+                "run_dir must be one folder that all nodes share"
+            )
+    write_json(path / MANIFEST, {**_HEAD, **content, "files": dict(sorted(files.items()))})
+    for folder in (path, path.parent, path.parent.parent):
+        sync_folder(folder)
+
+
 def _shown(value: object) -> str:
     """A value from a file that may be damaged, in one line that is not too long."""
     try:
@@ -204,7 +241,7 @@ def _shown(value: object) -> str:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

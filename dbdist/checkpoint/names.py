@@ -53,6 +53,11 @@ def step_folders(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} cannot be read ({error.strerror})") from None
 
 
+def step_folder(step: int) -> str:
+    """The name of a step's folder, and of what else belongs to a step: `step-00000500`."""
+    return f"step-{step:08d}"
+
+
 def step_of(path: Path) -> int:
     """Of a folder that is named like a checkpoint."""
     return int(path.name.removeprefix("step-"))

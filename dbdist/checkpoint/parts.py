@@ -12,15 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dbdist.checkpoint.names import blocks_in, part_file
+from dbdist.checkpoint.names import blocks_in, part_file, step_folder
 from dbdist.checkpoint.older import upgraded_model
 from dbdist.errors import CheckpointError
-from dbdist.whole_files import sync_folder, write_json
+from dbdist.whole_files import read_file, sync_folder, write_json
 
 FORMAT = "dbdist-part"
 VERSION = 1
-MUST_AGREE = ("step", "model", "seed", "data")
-"""What the parts of one model have in common."""
 Part = dict[str, Any]
 """format, version, step, block, model, seed, data, config, files, the versions of the code, and
 whether a run of some blocks saved it."""
@@ -30,18 +28,16 @@ def read_part(path: Path, block: int) -> Part:
     """A block's part in a step's folder. Raises CheckpointError for a missing or damaged one."""
     file = path / part_file(block)
     try:
-        text = file.read_text()
+        text = read_file(file)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
-    except ValueError:  # no text
-        text = ""
     try:
         part = json.loads(text)
         is_readable = (
             (part["format"], part["version"], part["block"]) == (FORMAT, VERSION, block)
-            and path.name == f"step-{part['step']:08d}"
+            and path.name == step_folder(part["step"])
             and isinstance(part["model"]["layers_per_block"], list)
             and isinstance(part["seed"], int)
             and isinstance(part["data"]["name"], str)
@@ -96,7 +92,7 @@ def join_parts(parts: Sequence[Part], places: Sequence[Path]) -> dict[str, Any]:
     each part comes from, for the error. Raises CheckpointError where they are not of one model."""
     first = parts[0]
     for part, place in zip(parts, places, strict=True):
-        of_first, of_part = ({key: p[key] for key in MUST_AGREE} for p in (first, part))
+        of_first, of_part = (agreed(p) for p in (first, part))
         if difference := next(differences(of_first, of_part), None):
             key, expected, value = difference
             raise CheckpointError(
@@ -108,6 +104,18 @@ def join_parts(parts: Sequence[Part], places: Sequence[Path]) -> dict[str, Any]:
     of_part = ("format", "version", "block", "is_alone")
     own = {k: v for k, v in first.items() if k not in of_part}
     return {**own, "files": dict(sorted(files.items()))}
+
+
+def agreed(part: Part, with_step: bool = True) -> dict[str, Any]:
+    """What the parts of one model have in common.
+
+    Of their data that is the name and the classes; samples may differ. Older parts do not say what
+    form their samples had.
+    """
+    model = {key: value for key, value in part["model"].items() if key != "inputs"}
+    data = {key: part["data"].get(key) for key in ("name", "class_names")}
+    step = {"step": part["step"]} if with_step else {}
+    return {**step, "model": model, "seed": part["seed"], "data": data}
 
 
 def assemble(path: Path, blocks: Iterable[int] | None = None) -> dict[str, Any]:

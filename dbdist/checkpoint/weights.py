@@ -9,11 +9,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dbdist.errors import CheckpointError
+from dbdist.whole_files import check_file
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises CheckpointError for a missing or damaged one."""
     try:
+        check_file(path)
         return load_file(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None

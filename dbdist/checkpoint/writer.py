@@ -1,46 +1,68 @@
-"""Writes what `checkpoint` reads: in the background, and complete or not at all.
+"""Writes what `manifest` reads: in the background, and complete or not at all.
 
-Every rank writes its own files and tells the coordinator (through the mailbox: nobody waits), which
-writes the manifest, with sizes and SHA-256, when all have arrived. A block with shared modules of
-its own writes its part (`parts`) as well, and needs nobody to have saved its work.
+1. Every rank copies its tensors and writes its own files. A block with shared modules of its own
+   writes its part (`parts`) as well: with it, its work is saved whatever others do.
+2. Every rank reports its files, or why it could not write them, through the mailbox.
+3. When all reports of a step have arrived, and its metrics are recorded, rank 0 writes the manifest
+   with all sizes and SHA-256, and removes the oldest checkpoints.
+
+Nobody waits for another rank, but in `finish`.
 """
 
-import shutil
-import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from dbdist.checkpoint.manifest import FORMAT, VERSION, complete_folders, is_complete
-from dbdist.checkpoint.names import MANIFEST, Files, blocks_in, part_file, step_folders, step_of
+from dbdist import log
+from dbdist.checkpoint.background import Background
+from dbdist.checkpoint.manifest import complete_folders, write_manifest
+from dbdist.checkpoint.names import (
+    MANIFEST,
+    Files,
+    blocks_in,
+    part_file,
+    step_folder,
+    step_folders,
+    step_of,
+)
 from dbdist.checkpoint.parts import remove_block, write_part
-from dbdist.checkpoint.retention import remove_checkpoint, retire
+from dbdist.checkpoint.retention import Retention
 from dbdist.checkpoint.snapshot import Snapshot
 from dbdist.errors import CheckpointError
 from dbdist.parallel.mailbox import Mailbox
 from dbdist.parallel.topology import Topology
 from dbdist.version import versions
-from dbdist.whole_files import sync_folder, write_json
+from dbdist.whole_files import sync_folder
 
-Part = dict[str, Any]
+Report = dict[str, Any]
 """What a rank reports of a step: `files`, the manifest's entries of what it wrote, or `error`."""
-T = TypeVar("T")
+
+
+@dataclass
+class _Pending:
+    """On rank 0: a step that is not complete yet."""
+
+    about: dict[str, Any] | None = None
+    """What rank 0 says of it in the manifest; None before rank 0 itself has come to this step."""
+    reports: dict[int, Report] = field(default_factory=dict)
+    """By rank, those that have arrived."""
+    completing: Future[str | None] | None = None
+    """The manifest that is being written; in the end why it was not."""
 
 
 class CheckpointWriter:
-    """Writes this rank's part of each checkpoint; on the coordinator also completes and retires
-    them.
+    """Writes this rank's files of each checkpoint; on rank 0 also completes and retires them.
 
     `save` copies the tensors and returns; threads do all that touches the disk. Only the caller's
     thread communicates, in `poll`, which every rank calls after each step. A checkpoint that cannot
-    be written is given up and told; those before it stay as they are.
+    be written is given up with a warning; those before it stay as they are.
     """
 
     def __init__(
@@ -51,134 +73,123 @@ class CheckpointWriter:
         keep_last: int,
         block: int | None = None,
         trained: tuple[int, ...] | None = None,
+        is_recorded: Callable[[int], bool] = lambda step: True,
     ) -> None:
         """writers: the ranks that write files, known to all. block: of which this rank writes the
         part; None where there are no parts, or another rank writes it. trained: the blocks of a run
-        that leaves the others' files to other runs; None: all blocks."""
+        that leaves the others' files to other runs; None: all blocks. is_recorded: on rank 0,
+        whether the metrics up to a step are in their file; its checkpoint is complete no sooner, as
+        a run that continues from it would never write them."""
         self.folder = run_dir / "checkpoints"
-        self.keep_last = keep_last
-        self.warn: Callable[[str], None] = lambda text: print(f"warning: {text}", file=sys.stderr)
-        """Shows one line about a checkpoint that was given up."""
-        self.is_recorded: Callable[[int], bool] = lambda step: True
-        """On the coordinator: whether the metrics up to a step are in their file. Its checkpoint is
-        complete no sooner: who continues from it would never write them."""
+        self._is_recorded = is_recorded
         self._topology = topology
         self._writers = writers
         self._block, self._trained = block, trained
+        self._retention = Retention(self.folder, keep_last, trained)
         self._mailbox = Mailbox(topology, "checkpoints")
-        self._background = _Background()
+        self._background = Background()
         self._snapshots: dict[str, Snapshot] = {}
-        self._part: Future[Part] | None = None
+        self._report: Future[Report] | None = None
         """What this rank has still to report."""
         self._is_alone = trained is not None
         """Whether there is nobody to report it to."""
-        self._about: dict[int, dict[str, Any]] = {}
-        self._arrived: dict[int, dict[int, Part]] = {}
-        self._completing: dict[int, Future[str | None]] = {}
+        self._pending: dict[int, _Pending] = {}
         self.last_step: int | None = None
         """Saved last."""
         self._last_failure: tuple[int, str] | None = None
 
     def clean(self, forget_after: int | None = None) -> None:
-        """Removes what an interrupted run left of files without a part or a manifest, and parts
-        older than the newest complete checkpoint; of a run of some blocks only what is theirs. On
-        the coordinator, before anybody writes. forget_after: parts of later steps are forgotten,
-        as this run will come to others."""
-        with suppress(OSError, CheckpointError):  # what stays does no harm
-            for path in step_folders(self.folder) if forget_after is not None else ():
-                for block in blocks_in(path) if step_of(path) > (forget_after or 0) else ():
-                    (path / MANIFEST).unlink(missing_ok=True)
-                    remove_block(path, block)
-            if self._trained is None:
-                self._remove_incomplete()
-            for path in step_folders(self.folder) if self._trained is not None else ():
-                for block in set(self._trained or ()) - set(blocks_in(path)):
-                    if not (path / MANIFEST).is_file():
-                        remove_block(path, block)
+        """Removes what an interrupted run has left; on rank 0, see `Retention.clean`."""
+        self._retention.clean(forget_after)
 
     def save(
-        self,
-        step: int,
-        files: Files,
-        about: dict[str, Any],
-        is_alone: bool = False,
-        refusal: str | None = None,
+        self, step: int, files: Files, about: dict[str, Any], refusal: str | None = None
     ) -> None:
-        """Takes a copy of this rank's files of a step, to be written from now on. Waits only if the
-        part before is still being written: there is one copy, always in the same memory. about: the
-        rest of the part and the manifest. refusal: why this rank's part must not be written; the
-        checkpoint is given up then.
+        """Copies this rank's files of a step, to be written from now on.
 
-        is_alone: this rank's part and nothing else. Nothing is told or asked, also of the steps
-        before, and there is no manifest; the parts of all blocks are a checkpoint all the same.
-        So are all that follow, and all of a run of some blocks."""
-        rank = self._topology.rank
-        is_alone = is_alone or self._is_alone
-        assert rank in self._writers or not files, f"rank {rank} writes {list(files)}"
-        assert not (is_alone and files) or self._block is not None, "there is no part to write"
-        if is_alone:
-            self.stay_alone()
-        if self._part is not None:
-            wait([self._part])
-            self.poll()
-        self.last_step = step
-        if self._topology.is_coordinator and not is_alone:
-            self._about[step] = about
-        if rank in self._writers:
-            if refusal is None:
-                self._take(files)
-                self._part = self._background.start(lambda: self._write_part(step, about))
-            else:
-                self._part = Future()
-                self._part.set_result({"step": step, "error": refusal})
+        Waits only if the step before is still being written: there is one copy, always in the same
+        memory. about: what the manifest and the part say beside their files. refusal: why this
+        rank's files must not be written; the checkpoint is given up then.
+        """
+        if self._is_alone:
+            self.save_own_block(step, files, about)
+            return
+        assert self._topology.rank in self._writers or not files, f"not a writer of {list(files)}"
+        self._begin(step)
+        if self._topology.is_coordinator:
+            self._pending.setdefault(step, _Pending()).about = about
+        if self._topology.rank not in self._writers:
+            return
+        if refusal is None:
+            self._write_later(step, files, about)
+        else:
+            self._report = Future()
+            self._report.set_result({"step": step, "error": refusal})
 
-    def stay_alone(self) -> None:
-        """From now on nothing is told or asked: there may be nobody to hear of it."""
+    def save_own_block(self, step: int, files: Files, about: dict[str, Any]) -> None:
+        """Writes this rank's block without waiting for other ranks, and no manifest.
+
+        The parts of all blocks are a checkpoint all the same. Every later save does the same.
+        """
+        assert not files or self._block is not None, "this rank has no block of its own"
+        self.leave_others()
+        self._begin(step)
+        if self._topology.rank in self._writers:
+            self._write_later(step, files, about)
+
+    def leave_others(self) -> None:
+        """Reports nothing and asks for nothing from now on: no other rank may be there."""
         if not self._is_alone:
             with suppress(RuntimeError):  # the store is gone too
                 self.poll()
-            self._about.clear()
+            self._pending.clear()
             self._is_alone = True
 
     def poll(self) -> None:
-        """Reports this rank's part once it is written; on the coordinator also completes every
-        checkpoint whose parts have all arrived. Waits for nothing."""
+        """Does all that can be done without waiting; every rank calls it after each step."""
         for step, reason in self._advance():
-            self._tell(step, reason)
+            self._warn_of(step, reason)
 
     def finish(self, timeout_s: float) -> None:
-        """Waits until this rank's part is written and, on the coordinator, until every checkpoint
-        is complete or given up. Raises CheckpointError if the last one is not complete then."""
+        """Waits until this rank's files are written and, on rank 0, every checkpoint is complete.
+
+        Raises CheckpointError if the last one is not complete then.
+        """
         deadline = time.monotonic() + timeout_s
-        while self._part is not None or self._about or self._completing:
+        while self._report is not None or self._awaited:
             if time.monotonic() > deadline:
-                missing, self._part = self._what_is_missing(), None
-                self._about.clear()
-                self._completing.clear()
+                missing, self._report = self._what_is_missing(), None
+                self._pending.clear()
                 raise CheckpointError(missing)
             for step, reason in self._advance():
                 if step != self.last_step:
-                    self._tell(step, reason)
+                    self._warn_of(step, reason)
             time.sleep(0.005)
         if self._last_failure is not None and self._last_failure[0] == self.last_step:
             step, reason = self._last_failure
             raise CheckpointError(
-                f"checkpoint of step {step}, the last, failed: {reason}; {self._rest}"
+                f"checkpoint of step {step}, the last, failed: {reason}; {self._newest}"
             )
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """After a failure: waits a little for what was saved before it, and raises nothing."""
-        self._last_failure = None  # it has been told
+        """Waits a little after a failure for what was saved before it, and raises nothing."""
+        self._last_failure = None  # it has been reported
         try:
             self.finish(timeout_s)
         except CheckpointError as error:
-            self.warn(str(error))
+            log.warning(str(error))
         except RuntimeError:  # the store, and with it the launcher, is gone
             pass
 
     # On the caller's thread
 
-    def _take(self, files: Files) -> None:
+    def _begin(self, step: int) -> None:
+        if self._report is not None:
+            wait([self._report])
+            self.poll()
+        self.last_step = step
+
+    def _write_later(self, step: int, files: Files, about: dict[str, Any]) -> None:
         kept = self._snapshots
         self._snapshots = {
             name: kept[name] if name in kept and kept[name].fits(tensors) else Snapshot(tensors)
@@ -188,40 +199,69 @@ class CheckpointWriter:
             self._snapshots[name].fill(tensors)
         if self._topology.device.type == "cuda":
             torch.cuda.current_stream(self._topology.device).synchronize()
+        self._report = self._background.start(lambda: self._write(step, about))
 
     def _advance(self) -> list[tuple[int, str]]:
-        """What can be done without waiting. Returns (step, reason) of checkpoints given up."""
-        failures: list[tuple[int, str]] = []
-        if self._part is not None and self._part.done():
-            written, self._part = self._part.result(), None
-            if not self._is_alone:
-                self._mailbox.post(written)
-            elif "error" in written:
-                text = f"rank {self._topology.rank}: {written['error']}"
-                failures.append((written["step"], text))
-        for rank, part in self._mailbox.collect() if self._about else ():
-            self._arrived.setdefault(part["step"], {})[rank] = part
-        for step in sorted(self._about):
-            if self._arrived.get(step, {}).keys() >= self._writers and self.is_recorded(step):
-                job = partial(self._complete, step, self._arrived.pop(step), self._about.pop(step))
-                self._completing[step] = self._background.start(job)
-        for step in [step for step, future in self._completing.items() if future.done()]:
-            try:
-                reason = self._completing.pop(step).result()
-            except _Stays as error:
-                self.warn(f"checkpoints beyond checkpoint.keep_last cannot be removed ({error})")
-                continue
-            if reason is not None:
-                failures.append((step, reason))
+        """Takes a round without waiting. Returns (step, reason) of checkpoints given up."""
+        failures = self._report_own()
+        self._receive()
+        self._start_completing()
+        failures += self._finished()
         if failures:
             self._last_failure = failures[-1]
         return failures
 
-    def _tell(self, step: int, reason: str) -> None:
-        self.warn(f"checkpoint of step {step} failed: {reason}; training goes on, {self._rest}")
+    def _report_own(self) -> list[tuple[int, str]]:
+        """Reports what this rank has written; by itself, it returns (step, reason) of a failure."""
+        if self._report is None or not self._report.done():
+            return []
+        report, self._report = self._report.result(), None
+        if not self._is_alone:
+            self._mailbox.post(report)
+        elif "error" in report:
+            return [(report["step"], f"rank {self._topology.rank}: {report['error']}")]
+        return []
 
     @property
-    def _rest(self) -> str:
+    def _awaited(self) -> list[int]:
+        """On rank 0: the steps that it has saved and that are not complete, ascending."""
+        return sorted(s for s, pending in self._pending.items() if pending.about is not None)
+
+    def _receive(self) -> None:
+        """On rank 0: takes the reports that have arrived."""
+        for rank, report in self._mailbox.collect() if self._awaited else ():
+            self._pending.setdefault(report["step"], _Pending()).reports[rank] = report
+
+    def _start_completing(self) -> None:
+        """On rank 0: begins to write the manifests of steps that all have reported."""
+        for step in self._awaited:
+            pending = self._pending[step]
+            has_all = pending.reports.keys() >= self._writers
+            if pending.completing is None and has_all and self._is_recorded(step):
+                assert pending.about is not None
+                job = partial(self._complete, step, pending.reports, pending.about)
+                pending.completing = self._background.start(job)
+
+    def _finished(self) -> list[tuple[int, str]]:
+        """On rank 0: forgets completed steps. Returns (step, reason) of those given up."""
+        failures: list[tuple[int, str]] = []
+        for step in self._awaited:
+            job = self._pending[step].completing
+            if job is None or not job.done():
+                continue
+            del self._pending[step]
+            try:
+                if (reason := job.result()) is not None:
+                    failures.append((step, reason))
+            except _Stays as error:
+                log.warning(f"checkpoints beyond checkpoint.keep_last cannot be removed ({error})")
+        return failures
+
+    def _warn_of(self, step: int, reason: str) -> None:
+        log.warning(f"checkpoint of step {step} failed: {reason}; training goes on, {self._newest}")
+
+    @property
+    def _newest(self) -> str:
         try:
             if self._is_alone:
                 own = [step_of(p) for p in step_folders(self.folder) if self._block in blocks_in(p)]
@@ -234,27 +274,29 @@ class CheckpointWriter:
             return f"{self.folder} cannot be read"
 
     def _what_is_missing(self) -> str:
-        if self._part is not None:
-            return f"rank {self._topology.rank} did not write its part of step {self.last_step}"
-        step = min({*self._about, *self._completing})
-        missing = sorted(self._writers - self._arrived.get(step, {}).keys())
-        if step in self._completing:
+        if self._report is not None:
+            return f"rank {self._topology.rank} did not write its files of step {self.last_step}"
+        step = self._awaited[0]
+        pending = self._pending[step]
+        missing = sorted(self._writers - pending.reports.keys())
+        if pending.completing is not None:
             return f"checkpoint of step {step}: the manifest is not written"
         if not missing:
             return f"checkpoint of step {step}: a rank's metrics have not arrived"
-        return f"checkpoint of step {step}: rank {missing[0]} did not write its part"
+        return f"checkpoint of step {step}: rank {missing[0]} did not write its files"
 
     # In the background
 
-    def _write_part(self, step: int, about: dict[str, Any]) -> Part:
+    def _write(self, step: int, about: dict[str, Any]) -> Report:
         path = self._path(step)
         try:
             files = self._write_files(path)
             sync_folder(path)
             if self._block is not None:
                 write_part(path, self._own_part(step, about, files))
-            if self._trained is not None:
-                self._retire_own(step)
+                if self._trained is not None:
+                    with suppress(OSError, CheckpointError):  # the next time tries again
+                        self._retention.retire_block(self._block, step)
         except OSError as error:
             if self._block is not None:
                 with suppress(OSError):  # the next run cleans up
@@ -262,7 +304,7 @@ class CheckpointWriter:
             return {"step": step, "error": f"{path} cannot be written ({error.strerror})"}
         return {"step": step, "files": files}
 
-    def _own_part(self, step: int, about: dict[str, Any], files: dict[str, Any]) -> Part:
+    def _own_part(self, step: int, about: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
         own = {k: v for k, v in files.items() if k.startswith(f"block-{self._block}.")}
         state = {"step": step, "block": self._block, "is_alone": self._trained is not None}
         return {**state, **about, **versions(), "files": own}
@@ -280,104 +322,32 @@ class CheckpointWriter:
                     raise
         raise AssertionError
 
-    def _complete(self, step: int, parts: dict[int, Part], about: dict[str, Any]) -> str | None:
-        """Makes the parts a checkpoint and retires the oldest, or removes them and returns why;
-        blocks' own parts stay. Raises _Stays if the oldest cannot be removed."""
+    def _complete(self, step: int, reports: dict[int, Report], about: dict[str, Any]) -> str | None:
+        """Makes a step a checkpoint and retires the oldest, or removes it and returns why.
+
+        Blocks' parts stay. Raises _Stays if the oldest cannot be removed.
+        """
         path = self._path(step)
-        reasons = [
-            f"rank {rank}: {part['error']}"
-            for rank, part in sorted(parts.items())
-            if "error" in part
-        ]
+        reasons = [f"rank {r}: {x['error']}" for r, x in sorted(reports.items()) if "error" in x]
         if not reasons:
             try:
-                self._write_manifest(step, parts, about)
+                files = {n: entry for x in reports.values() for n, entry in x["files"].items()}
+                write_manifest(path, {"step": step, **about, **versions()}, files)
             except OSError as error:
                 reasons = [f"rank 0: {path / MANIFEST} cannot be written ({error.strerror})"]
         if reasons:
             with suppress(OSError, CheckpointError):  # the next run cleans up
-                self._give_up(path)
+                self._retention.give_up(path)
             return reasons[0]
         try:
-            # Later ones may have all their parts already: they are completed after this one.
-            done = [path for path in complete_folders(self.folder) if step_of(path) <= step]
-            for old in done[: -self.keep_last]:
-                remove_checkpoint(old)
-            self._remove_incomplete(step)
+            self._retention.retire_checkpoints(step)
         except (OSError, CheckpointError) as error:
             raise _Stays(str(error)) from None
         return None
 
-    def _give_up(self, path: Path) -> None:
-        """Removes what was written of a step, but for parts, of which each block keeps the last."""
-        if not (blocks := blocks_in(path)):
-            remove_checkpoint(path)
-        for block in blocks:
-            retire(self.folder, block, self.keep_last, step_of(path))
-
-    def _remove_incomplete(self, before: int | None = None) -> None:
-        """Removes folders without any part, and those older than the newest checkpoint; before: of
-        steps below this, None: of all. Raises OSError."""
-        complete = complete_folders(self.folder)
-        newest = step_of(complete[-1]) if complete else -1
-        for path in step_folders(self.folder):
-            is_useless = step_of(path) < newest or not blocks_in(path)
-            is_due = before is None or step_of(path) < before
-            if is_useless and is_due and not is_complete(path):
-                shutil.rmtree(path)
-
-    def _retire_own(self, step: int) -> None:
-        with suppress(OSError, CheckpointError):  # the part is written; the next time tries again
-            if self._block is not None:
-                retire(self.folder, self._block, self.keep_last, step)
-
-    def _write_manifest(self, step: int, parts: dict[int, Part], about: dict[str, Any]) -> None:
-        path = self._path(step)
-        files = {name: entry for part in parts.values() for name, entry in part["files"].items()}
-        for name, entry in files.items():
-            if not (path / name).is_file() or (path / name).stat().st_size != entry["bytes"]:
-                raise CheckpointError(
-                    f"{path / name} was written by another rank but is not here; "
-                    "run_dir must be one folder that all nodes share"
-                )
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "step": step,
-            **about,
-            **versions(),
-            "files": dict(sorted(files.items())),
-        }
-        # Every rank has brought its files, and their names, to disk before it reported them.
-        write_json(path / MANIFEST, manifest)
-        for folder in (path, self.folder, self.folder.parent):
-            sync_folder(folder)
-
     def _path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+        return self.folder / step_folder(step)
 
 
 class _Stays(Exception):
     """What should be removed cannot be."""
-
-
-class _Background:
-    """Runs jobs one after the other, beside the caller. Leaving the process waits for none."""
-
-    def __init__(self) -> None:
-        self._last: Future[Any] | None = None
-
-    def start(self, job: Callable[[], T]) -> Future[T]:
-        before, future = self._last, Future[T]()
-        self._last = future
-
-        def run() -> None:
-            if before is not None:
-                wait([before])
-            try:
-                future.set_result(job())
-            except BaseException as error:  # for whoever asks for the result
-                future.set_exception(error)
-
-        threading.Thread(target=run, name="dbdist-checkpoint", daemon=True).start()
-        return future

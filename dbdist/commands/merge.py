@@ -15,20 +15,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dbdist.checkpoint.manifest import FORMAT, VERSION
-from dbdist.checkpoint.names import MANIFEST, blocks_in, step_folders, step_of
-from dbdist.checkpoint.parts import Part, differences, join_parts, read_part, write_part
+from dbdist import log
+from dbdist.checkpoint.manifest import write_manifest
+from dbdist.checkpoint.names import blocks_in, step_folder, step_folders, step_of
+from dbdist.checkpoint.parts import Part, agreed, differences, join_parts, read_part, write_part
+from dbdist.checkpoint.same_data import check_meaning, samples_differ
 from dbdist.commands.command_line import OneLineParser, guarded
 from dbdist.config.config import Config
 from dbdist.config.yaml_files import write_yaml
 from dbdist.errors import CheckpointError, ConfigError
 from dbdist.run.folder import MAY_CHANGE, read_config
-from dbdist.whole_files import sync_folder, write_json
+from dbdist.whole_files import open_file, sync_folder
 
 CHUNK_BYTES = 2**22
-MUST_AGREE = ("model", "seed", "data")
-"""What is the same in runs whose blocks make one model: the shared modules of all blocks began
-alike, and labels mean the same classes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +129,7 @@ def check_alike(runs: Sequence[Run]) -> None:
         seen.add(other.path.resolve())
         of_first, of_other = (
             {
-                **{key: run.newest[key] for key in MUST_AGREE},
+                **agreed(run.newest, with_step=False),
                 "train.ema_decay above 0": run.config.train.ema_decay > 0,
             }
             for run in (first, other)
@@ -141,6 +140,11 @@ def check_alike(runs: Sequence[Run]) -> None:
             raise ConfigError(
                 f"{first.path} has {key} {own}, but {other.path} has {value}; only blocks of one "
                 "model can be merged"
+            )
+        check_meaning(first.path, first.newest["data"], other.newest["data"])
+        if difference := samples_differ(first.newest["data"], other.newest["data"], "train"):
+            log.warning(
+                f"{first.path} and {other.path} were trained on different samples ({difference})"
             )
 
 
@@ -228,8 +232,8 @@ def write_run(out: Path, config: Config, step: int, chosen: Sequence[Run]) -> No
                 for name, stated in part["files"].items():
                     _copy(place / name, folder / name, stated["sha256"])
                 write_part(folder, part)
-            manifest = {**joined, "config": dataclasses.asdict(config)}
-            write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **manifest})
+            files = joined.pop("files")
+            write_manifest(folder, joined | {"config": dataclasses.asdict(config)}, files)
             write_yaml(config, partial / "config.yaml")
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written ({error.strerror})") from None
@@ -256,7 +260,7 @@ def _copy(source: Path, target: Path, sha256: str) -> None:
     """Raises CheckpointError for a source that is missing, or is not what was written."""
     digest = hashlib.sha256()
     try:
-        file = source.open("rb")
+        file = open_file(source)
     except OSError as error:
         raise CheckpointError(f"{source} cannot be read ({error.strerror})") from None
     with file, target.open("xb") as copy:
@@ -270,7 +274,7 @@ def _copy(source: Path, target: Path, sha256: str) -> None:
 
 
 def _folder(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{step:08d}"
+    return run_dir / "checkpoints" / step_folder(step)
 
 
 def _training_differences(runs: Sequence[Run]) -> Iterator[str]:

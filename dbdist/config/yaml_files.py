@@ -7,7 +7,6 @@ import dataclasses
 import os
 import re
 import stat
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import yaml
 
 from dbdist.config.config import Config
 from dbdist.errors import ConfigError
+from dbdist.whole_files import write_whole
 
 MAX_YAML_CHARACTERS = 2**16
 MAX_YAML_DEPTH = 16
@@ -193,13 +193,8 @@ def _both(name: str, one: Any, other: Any) -> Any:
 
 
 def write_yaml(config: Config, path: Path) -> None:
-    """Writes the resolved configuration so that --config reads it back equal."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # others may write too
-    try:
-        partial.write_text(dump_yaml(dataclasses.asdict(config)))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Writes the resolved configuration so that --config reads it back equal; raises OSError."""
+    write_whole(path, dump_yaml(dataclasses.asdict(config)).encode())
 
 
 def dump_yaml(values: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ name before it is complete: downloads and extractions go to a hidden sibling fol
 """
 
 import contextlib
-import fcntl
 import http.client
 import io
 import os
@@ -13,7 +12,6 @@ import shutil
 import socket
 import threading
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from dbdist.data.archives import unpack
 from dbdist.data.options import ImageOptions
 from dbdist.data.paths import require_file, shown
 from dbdist.errors import DataError
+from dbdist.whole_files import locked
 
 PROBE_S = 3.0
 """How long to wait for a server's first answer: a machine without network should say so at once."""
@@ -84,7 +83,7 @@ def prepare(config: ImageOptions) -> None:
             _probe(archive, root)  # before the first folder is made
         try:
             root.mkdir(parents=True, exist_ok=True)
-            with _lock(root):
+            with locked(root):
                 if not (root / archive.folder).exists():
                     _fetch(archive, root)
         except OSError as error:
@@ -136,18 +135,6 @@ def _undownloaded(archive: Archive, root: Path, reason: object) -> DataError:
         f"{archive.filename} could not be downloaded ({reason}); get {archive.url} elsewhere "
         f"and put it into {root}"
     )
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Holds off this node's other processes; network file systems that cannot are let pass."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _fetch(archive: Archive, root: Path) -> None:

@@ -27,7 +27,7 @@ from dbdist.models.denoiser import Denoiser
 from dbdist.processes.partition import Steps
 from dbdist.sampling.sampler import Rows, Sampler, build_sampler
 from dbdist.tasks.base import Batch, Task
-from dbdist.whole_files import write_json
+from dbdist.whole_files import read_file, write_json
 
 FORMAT = "dbdist-model"
 VERSION = 2
@@ -165,7 +165,8 @@ def save_model(out: Path, weights: dict[str, Tensor], description: Description) 
     on_host = {name: tensor.cpu() for name, tensor in weights.items()}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").unlink(missing_ok=True)
+        unfinished = {"format": FORMAT, "version": VERSION, "is_unfinished": True}
+        write_json(out / "config.json", unfinished)  # so that the folder is known to be ours
         file = Snapshot(on_host)
         file.fill(on_host)
         file.write(out / "model.safetensors")
@@ -237,7 +238,7 @@ def asdict_shallow(section: Any) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(read_file(file))
     except FileNotFoundError:
         raise CheckpointError(
             f"{file.parent} holds no exported model (config.json); `dbdist export RUN OUT` makes "
@@ -248,6 +249,8 @@ def _read(file: Path) -> dict[str, Any]:
     version = values.get("version") if isinstance(values, dict) else None
     if version not in (1, VERSION) or isinstance(version, bool) or values.get("format") != FORMAT:
         raise CheckpointError(f"{file} is not of format {FORMAT} version {VERSION}")
+    if values.get("is_unfinished"):
+        raise CheckpointError(f"{file} is of an export that was not finished; export it again")
     if version == VERSION:
         return values
     try:
@@ -263,10 +266,10 @@ def _check_replaceable(out: Path) -> None:
     config, weights = out / "config.json", out / "model.safetensors"
     try:
         if config.exists():
-            values = json.loads(config.read_text())
+            values = json.loads(read_file(config))
             is_ours = isinstance(values, dict) and values.get("format") == FORMAT
         else:
-            is_ours = not weights.exists() or (out / "config.json.partial").exists()
+            is_ours = not weights.exists()
     except (OSError, ValueError, RecursionError):
         is_ours = False
     if not is_ours:

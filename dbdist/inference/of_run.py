@@ -2,23 +2,29 @@
 
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from dbdist.build import build_setup
-from dbdist.checkpoint.choose import choose
+from dbdist import log
+from dbdist.build import Setup, build_setup
+from dbdist.checkpoint.choose import Candidates
 from dbdist.checkpoint.manifest import Checkpoint
+from dbdist.checkpoint.same_data import check_meaning, data_entry, other_test_samples
 from dbdist.config.config import Config
+from dbdist.data.base import Dataset
 from dbdist.data.sources import dataset_spec, load_dataset, prepare
 from dbdist.errors import CheckpointError, TopologyError
 from dbdist.inference.load_models import files_of_block, load_block
 from dbdist.models.denoiser import Denoiser
 from dbdist.parallel.layout import Layout
 from dbdist.parallel.topology import Topology
-from dbdist.sampling.evaluation import Evaluation, check_test_set, evaluate, write_evaluation
+from dbdist.run.folder import evaluation_file
+from dbdist.sampling.evaluation import Evaluation, check_test_set, evaluate
+from dbdist.whole_files import write_json
 
 
 def layout_for_evaluation(config: Config, world_size: int) -> Layout:
@@ -37,17 +43,22 @@ def layout_for_evaluation(config: Config, world_size: int) -> Layout:
 
 
 def evaluate_run(config: Config, topology: Topology) -> Evaluation:
-    """Evaluates a run's checkpoint, writes RUN/evaluation.json and prints it. Collective."""
-    run_dir = Path(config.run_dir)
+    """Evaluates a run's checkpoint, writes the result into RUN and prints it. Collective."""
     with topology.agree("reading the dataset's folder"):
         setup = build_setup(config, dataset_spec(config.data))
-    checkpoint = checkpoint_of_run(config, topology, setup.describe())
+    with closing(checkpoint_of_run(config, topology, setup.describe())) as checkpoint:
+        return _evaluate(setup, topology, checkpoint)
+
+
+def _evaluate(setup: Setup, topology: Topology, checkpoint: Checkpoint) -> Evaluation:
+    config = setup.config
     with topology.agree():
         if topology.local_rank == 0:
             prepare(config.data)
     with topology.agree("loading the data"):
         test_set = load_dataset(config.data, "test")
         check_test_set(config, test_set)
+        compare_data(checkpoint, test_set, topology)
     own: dict[int, Denoiser] = {}
     with topology.agree("reading the checkpoint"):
 
@@ -63,9 +74,33 @@ def evaluate_run(config: Config, topology: Topology) -> Evaluation:
         setup, topology, test_set, own.__getitem__ if own else load, checkpoint.step
     )
     if topology.is_coordinator:
-        write_evaluation(run_dir, evaluation)
-        report(run_dir, evaluation)
+        report(evaluation, _write(config, evaluation))
     return evaluation
+
+
+def compare_data(checkpoint: Checkpoint, test_set: Dataset, topology: Topology) -> None:
+    """Refuses classes or a scaling that the model was not trained with; raises CheckpointError.
+
+    Warns of another test set than the run's, on rank 0.
+    """
+    stored = checkpoint.manifest.get("data", {})
+    test = {"num_samples": len(test_set), "digest": test_set.digest()}
+    now = data_entry({**test_set.spec.identity(), "test": test})
+    check_meaning(checkpoint.path, stored, now)
+    warning = other_test_samples(checkpoint.path, stored, now)
+    if warning is not None and topology.is_coordinator:
+        log.warning(warning)
+
+
+def _write(config: Config, evaluation: Evaluation) -> str:
+    """Writes the result; where it is, or that it could not be written."""
+    path = Path(config.run_dir) / evaluation_file(config, evaluation.step)
+    try:
+        write_json(path, evaluation.to_json())
+    except OSError as error:
+        log.warning(f"{path} cannot be written ({error.strerror}); the result is only shown")
+        return "not written"
+    return str(path)
 
 
 def checkpoint_of_run(config: Config, topology: Topology, model: Mapping[str, Any]) -> Checkpoint:
@@ -75,21 +110,22 @@ def checkpoint_of_run(config: Config, topology: Topology, model: Mapping[str, An
     blocks = range(config.num_blocks)
     if topology.world_size > 1:
         blocks = () if topology.block is None else (topology.block,)
-    choice = choose(
+    candidates = Candidates(
         run_dir,
         topology,
         model,
         lambda checkpoint: [f for b in blocks for f in files_of_block(config, checkpoint, b)],
         fallback=config.checkpoint.fallback,
-        step=config.eval.step,
     )
+    step = config.eval.step
+    choice = candidates.newest() if step is None else candidates.of_step(step)
     if choice is None:
         raise CheckpointError(f"{run_dir} has no complete checkpoint; train it first")
     return choice.checkpoint
 
 
-def report(run_dir: Path, evaluation: Evaluation) -> None:
-    """The result on the terminal."""
+def report(evaluation: Evaluation, file: str) -> None:
+    """Shows the result on the terminal. file: where it is written."""
     table = Table(
         title=f"Evaluation at step {evaluation.step}", title_justify="left", show_header=False
     )
@@ -100,5 +136,5 @@ def report(run_dir: Path, evaluation: Evaluation) -> None:
         table.add_row(f"{main.name} after block", "  ".join(after))
     table.add_row("samples", f"{evaluation.num_samples} ({evaluation.samples_per_s:.0f}/s)")
     table.add_row("processes", str(evaluation.world_size))
-    table.add_row("file", str(run_dir / "evaluation.json"))
+    table.add_row("file", file)
     Console(width=None if sys.stdout.isatty() else 120).print(table, highlight=False)

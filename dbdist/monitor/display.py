@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from dbdist import log
 from dbdist.monitor.levels import Levels
 from dbdist.monitor.record_files import Scalars
 from dbdist.monitor.tables import Column, fitting
@@ -119,6 +121,7 @@ class Display:
                 self._show_bars()
                 self.live.stop()
             self.live = None
+            log.share_terminal(None)
 
     def _show_lines(self, now: float) -> None:
         """Shows a line of each block that has news and was last shown some time ago.
@@ -157,6 +160,8 @@ class Display:
             # No refresh thread: data loaders fork this process, and a held lock would stay held.
             self.live = Live(console=self._console, auto_refresh=False)
             self.live.start()
+            if sys.stderr.isatty():
+                log.share_terminal(lambda line: print_line(self._console, line, style="yellow"))
         columns = fitting(self._columns(), self._console.width, gap=2)
         table = Table.grid(padding=(0, 2), expand=True)
         for column in columns:

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dbdist import log
 from dbdist.checkpoint.manifest import complete_folders
 from dbdist.monitor.board import Board
 from dbdist.monitor.display import Display, SteadyConsole, clock_text, print_line
@@ -103,9 +104,7 @@ class Monitor(AbstractContextManager["Monitor"]):
 
     def warn(self, text: str) -> None:
         """A line on stderr; through the live display where that shares stderr's terminal."""
-        is_shared = self._display.live is not None and sys.stderr.isatty()
-        console = self._console if is_shared else SteadyConsole(stderr=True)
-        print_line(console, f"warning: {text}", style="yellow")
+        log.warning(text)
 
     def summary(
         self,

@@ -5,15 +5,17 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from dbdist import log
 from dbdist.config.config import Config
 from dbdist.errors import Fault, UserError
 from dbdist.parallel.agreement import flat
+from dbdist.parallel.health.guard import LOST
 from dbdist.parallel.health.signals import Signals
-from dbdist.parallel.health.watch import LOST
 from dbdist.parallel.launch import Launch
 from dbdist.parallel.layout import Layout
 from dbdist.parallel.topology import Topology, build_topology
@@ -54,7 +56,10 @@ def joined(
     """
     timeout_s = config.parallel.timeout_s
     topology = build_topology(layout, launch, config.device, timeout_s, facts=facts)
-    topology.start_watch(timeout_s, say, blocks)
+    topology.start_watch(timeout_s, say, blocks, Path(config.run_dir) / "stuck")
+    if topology.world_size > 1:
+        block = topology.block
+        log.join(topology.rank, blocks[block] if blocks and block is not None else block)
     try:
         yield topology
     except (UserError, Fault) as error:
@@ -62,6 +67,10 @@ def joined(
         raise
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else ""
+        if _is_out_of_memory(error):
+            fault = Fault(_out_of_memory(config, topology))
+            topology.watch.close(f"ended: {fault}")
+            raise fault from None
         if topology.store is not None and _is_of_connection(error):
             missing = topology.watch.missing()
             here = topology.watch.here()
@@ -70,6 +79,8 @@ def joined(
         error.add_note(f"dbdist: this was {topology.watch.here()}")
         topology.watch.close(f"ended: {type(error).__name__}: {first}")
         raise
+    finally:
+        log.leave()
     topology.close()
 
 
@@ -82,6 +93,25 @@ def leaving_no_group() -> Iterator[None]:
         if dist.is_initialized():
             dist.destroy_process_group()
         raise
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's memory or the host's has ended; torch's CPU allocator has no own error."""
+    is_of_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or is_of_host
+
+
+def _out_of_memory(config: Config, topology: Topology) -> str:
+    """One line that says where memory ended, with which batches, and what to lower."""
+    t, e = config.train, config.eval
+    samples = t.batch_size // (topology.layout.num_replicas * t.accumulation_steps)
+    kind = "GPU memory" if topology.device.type == "cuda" else "memory"
+    return (
+        f"{topology.watch.here()}, is out of {kind}, with {max(1, samples)} training samples at a "
+        f"time (train.batch_size {t.batch_size}) or {e.micro_batch_size} in an evaluation; raise "
+        "train.accumulation_steps, set train.activation_checkpointing true, or lower "
+        "train.batch_size, eval.micro_batch_size or the model's sizes"
+    )
 
 
 def _is_of_connection(error: Exception) -> bool:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,10 +23,12 @@ import torch.distributed as dist
 from dbdist.errors import ConfigError, UserError
 from dbdist.parallel.agreement import Facts, check_agreement
 from dbdist.parallel.health.neighbours import own_address
-from dbdist.parallel.health.watch import Watch
+from dbdist.parallel.health.watch import Company, Watch
 from dbdist.parallel.launch import Launch
 from dbdist.parallel.layout import Layout
 from dbdist.parallel.meter import Meter
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,6 @@ class Topology:
         """Where tensors must lie to be sent: on the GPU for NCCL, in host memory for gloo."""
         return self.device if self.uses_nccl or self.store is None else torch.device("cpu")
 
-    @property
-    def name(self) -> str:
-        """For log lines: `r3 b1`."""
-        return f"r{self.rank} " + ("coordinator" if self.block is None else f"b{self.block}")
-
     def barrier(self) -> None:
         """Waits for all ranks. A sum over host memory: no GPU has to be idle for it."""
         if self.store is not None:
@@ -121,11 +119,11 @@ class Topology:
             )
             raise kind(message if same or what is None else f"rank {rank}, {what}: {message}")
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank. For small control data only."""
         if self.store is None:
             return [value]
-        values: list[object] = [None] * self.world_size
+        values: list[Any] = [None] * self.world_size
         with self.watch.waiting():
             dist.all_gather_object(values, value)
         return values
@@ -158,21 +156,29 @@ class Topology:
         os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
 
     def start_watch(
-        self, timeout_s: float, say: Callable[[str], None], blocks: Sequence[int] | None = None
+        self,
+        timeout_s: float,
+        say: Callable[[str], None],
+        blocks: Sequence[int] | None = None,
+        stack_folder: Path | None = None,
     ) -> None:
-        """Begins to look after the other ranks. Collective. say: shows a line, from any thread.
-        blocks: what the layout's blocks are called; None: by their number."""
-        names: list[str] = []
-        for rank in range(self.world_size):
-            place = self.layout.place_of(rank)
-            what = "coordinator"
-            if place is not None:
-                what = f"block {blocks[place[0]] if blocks else place[0]}"
-            if place is not None and self.layout.num_replicas > 1:
-                what += f", replica {place[1]}"
-            names.append(f"rank {rank} ({what})")
-        addresses: list[Any] = self.gather(own_address())
-        self.watch.start(self.rank, names, addresses, self.copies, self.store, timeout_s, say)
+        """Begins to look after the other ranks. Collective.
+
+        say: shows a line, from any thread. blocks: what the layout's blocks are called; None: by
+        their number. stack_folder: where a stuck rank leaves its stack.
+        """
+        names = [self._name_of(rank, blocks) for rank in range(self.world_size)]
+        company = Company(self.rank, names, self.gather(own_address()), self.copies)
+        stack = stack_folder and stack_folder / f"rank-{self.rank}.txt"
+        self.watch.start(company, self.store, timeout_s, say, stack)
+
+    def _name_of(self, rank: int, blocks: Sequence[int] | None) -> str:
+        """`rank 3 (block 1, replica 0)`."""
+        place, what = self.layout.place_of(rank), "coordinator"
+        if place is not None:
+            what = f"block {blocks[place[0]] if blocks else place[0]}"
+            what += f", replica {place[1]}" * (self.layout.num_replicas > 1)
+        return f"rank {rank} ({what})"
 
     def close(self) -> None:
         self.watch.close()
@@ -213,12 +219,25 @@ def build_topology(
         torch.cuda.set_device(device)
     if launch.world_size == 1:
         return Topology(layout, device=device)
+    # Twice the watch's timeout, so the watch names the stuck rank before a collective fails.
+    timeout = timedelta(seconds=2 * timeout_s)
+    has_nccl = device.type == "cuda" and dist.is_nccl_available()
+    store = _meet(launch, store or launch.store(timeout_s), has_nccl, timeout)
+    if facts is not None:
+        check_agreement(facts, launch.world_size)  # first: else ranks may go different ways
+        layout.check(launch.world_size)
+    layout = replace(layout, nodes=_nodes(launch))
+    uses_nccl = _every_rank_has_its_own_gpu(device if has_nccl else None, launch.world_size)
+    backend = None if uses_nccl else "gloo"
+    everybody, copies = _groups(layout, launch.rank, backend, timeout)
+    local = launch.local_rank
+    return Topology(layout, launch.rank, local, device, store, everybody, copies, uses_nccl)
+
+
+def _meet(launch: Launch, store: dist.Store, has_nccl: bool, timeout: timedelta) -> dist.Store:
+    """Joins the process group of all ranks, which meet in the store. Collective."""
     if launch.fills_its_node:
         _keep_to_the_loopback_interface()
-    store = store or launch.store(timeout_s)
-    has_nccl = device.type == "cuda" and dist.is_nccl_available()
-    # Who waits may have begun before another stood still: the watch is to speak first.
-    timeout = timedelta(seconds=2 * timeout_s)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
         store=dist.PrefixStore("group", store),
@@ -226,31 +245,28 @@ def build_topology(
         world_size=launch.world_size,
         timeout=timeout,
     )
-    if facts is not None:
-        check_agreement(facts, launch.world_size)  # first: else ranks may go different ways
-        layout.check(launch.world_size)
+    return store
+
+
+def _nodes(launch: Launch) -> tuple[int, ...]:
+    """The node of every rank. Collective."""
     nodes = [launch.node] * launch.world_size
     dist.all_gather_object(nodes, launch.node)
-    layout = replace(layout, nodes=tuple(nodes))
-    uses_nccl = _every_rank_has_its_own_gpu(device if has_nccl else None, launch.world_size)
-    backend = None if uses_nccl else "gloo"
-    p2p_group = _group(list(range(launch.world_size)), launch.rank, backend, timeout)
-    replica_group = None
+    return tuple(nodes)
+
+
+def _groups(
+    layout: Layout, rank: int, backend: str | None, timeout: timedelta
+) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """(all ranks for point-to-point messages, the copies of this rank's block). Collective."""
+    everybody = _group(list(range(layout.world_size)), rank, backend, timeout)
+    copies = None
     if layout.num_replicas > 1:
         # Every rank makes every group, in the same order.
         for block in range(layout.num_blocks):
-            group = _group(layout.replicas(block), launch.rank, backend, timeout)
-            replica_group = group or replica_group
-    return Topology(
-        layout,
-        launch.rank,
-        launch.local_rank,
-        device,
-        store,
-        p2p_group,
-        replica_group,
-        uses_nccl,
-    )
+            group = _group(layout.replicas(block), rank, backend, timeout)
+            copies = group or copies
+    return everybody, copies
 
 
 def _keep_to_the_loopback_interface() -> None:

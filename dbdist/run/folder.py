@@ -1,26 +1,29 @@
 """The folder of a run: its configuration, whether another may continue it, and its result."""
 
 import dataclasses
-import fcntl
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import hashlib
+import json
+import uuid
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from dbdist.checkpoint.manifest import saved_folders
-from dbdist.checkpoint.names import blocks_in, step_folders, step_of
+from dbdist.checkpoint.names import blocks_in, step_folder, step_folders, step_of
 from dbdist.checkpoint.parts import differences
 from dbdist.config.config import Config
 from dbdist.config.parse import parse_config
-from dbdist.config.yaml_files import write_yaml
+from dbdist.config.yaml_files import read_yaml, write_yaml
 from dbdist.errors import CheckpointError, ConfigError
 from dbdist.monitor.record_files import metrics_file
+from dbdist.whole_files import locked, write_whole
 
 MAY_CHANGE = (
     "run_dir",
     "device",
     "data.root",
     "data.num_workers",
+    "data.on_error",
     "sampler",
     "train.max_steps",
     "train.epochs",
@@ -49,8 +52,8 @@ def read_config(run_dir: Path) -> Config | None:
     try:
         if not path.is_file():
             return None
-        if path.stat().st_size == 0:  # elsewhere an empty file means the defaults
-            raise ConfigError("it is empty")
+        if "run_dir" not in read_yaml(path):
+            raise ConfigError("it is incomplete, run_dir is missing")
         return parse_config("dbdist", "", [], first=["--config", str(path)])
     except (ConfigError, OSError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
@@ -80,14 +83,21 @@ def check_run_dir(config: Config) -> None:
 def claim(config: Config, num_train: int, step: int | None) -> None:
     """Makes the run directory this configuration's, which `check_run_dir` has accepted.
 
+    First it makes sure that checkpoints can be written there.
+
     num_train: samples in the training set. step: of the checkpoint that will be continued. Raises
     ConfigError if the learning rate or the last step do not go with it; then nothing is changed.
     """
     run_dir = Path(config.run_dir)
     _check_steps(config, num_train, step)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(run_dir):  # runs of single blocks may come at the same time
+        _probe(run_dir / "checkpoints")
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir {run_dir} cannot be written: {run_dir / 'checkpoints'} ({error.strerror})"
+        ) from None
+    try:
+        with locked(run_dir):  # runs of single blocks may come at the same time
             if config.trained_blocks is not None:
                 if (held := _held_config(run_dir, step is not None)) is not None:
                     _check_same(held, config)
@@ -103,13 +113,61 @@ def claim(config: Config, num_train: int, step: int | None) -> None:
         raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror})") from None
 
 
+def evaluation_file(config: Config, step: int) -> str:
+    """The file in RUN for an evaluation with these settings.
+
+    evaluation.json holds what training itself would write: the newest checkpoint with the run's
+    own settings. Everything else gets a file named by the step and by the settings.
+    """
+    run_dir, name = Path(config.run_dir), "evaluation"
+    own = read_config(run_dir)
+    settings = [_settings_of_evaluation(c) for c in (config, own) if c is not None]
+    saved = [step_of(path) for path in saved_folders(run_dir / "checkpoints")]
+    if step not in saved[-1:]:
+        name += f"-{step_folder(step)}"
+    if settings[0] != settings[-1]:
+        text = json.dumps(settings[0], sort_keys=True, default=str)
+        name += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{name}.json"
+
+
+def _settings_of_evaluation(config: Config) -> dict[str, Any]:
+    """What an evaluation depends on, beside the checkpoint and the test set."""
+    batches = {key: getattr(config.eval, key) for key in ("batch_size", "drop_last")}
+    sampler, precision = dataclasses.asdict(config.sampler), config.train.precision
+    return {"sampler": sampler, "precision": precision, "seed": config.seed, **batches}
+
+
+def place_of(run_dir: Path) -> tuple[int, int] | None:
+    """What tells this folder from another of the same name; None without the folder of a run."""
+    try:
+        found = run_dir.stat()
+        return (found.st_dev, found.st_ino) if (run_dir / "config.yaml").is_file() else None
+    except OSError:
+        return None
+
+
+def _probe(folder: Path) -> None:
+    """Writes and removes a file where checkpoints go; raises OSError where that is not possible."""
+    probe, is_new = folder / f".probe.{uuid.uuid4().hex}", not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        write_whole(probe, b"can it be written?")
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+            if is_new:
+                folder.rmdir()
+
+
 def _check_same(held: Config, config: Config) -> None:
     """Raises ConfigError naming the first key whose other value would make it another run."""
     for key, old, new in differences(dataclasses.asdict(held), dataclasses.asdict(config)):
         if not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE):
             raise ConfigError(
-                f"{config.run_dir} holds a run with {key} {old}, not {new}; "
-                "give another run_dir or the old value"
+                f"{config.run_dir} holds a run with {key} {old}, not {new}; to start another run, "
+                f"give another run_dir (--run_dir {config.run_dir.rstrip('/')}-2); to continue "
+                f"this one, give --{key} {old}"
             )
 
 
@@ -131,24 +189,15 @@ def _check_steps(config: Config, num_train: int, step: int | None) -> None:
         )
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes waiting that ask for the same, where the file system can do that."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _held_config(run_dir: Path, has_checkpoint: bool) -> Config | None:
     """The configuration of what was trained here; None where nothing was."""
     held = read_config(run_dir)
     has_parts = any(map(blocks_in, step_folders(run_dir / "checkpoints")))
-    is_held = has_checkpoint or has_parts or any(run_dir.glob("metrics*.jsonl"))
-    return held if is_held else None
+    joint = run_dir / metrics_file(None)
+    has_metrics = any(
+        path != joint or path.stat().st_size > 0 for path in run_dir.glob("metrics*.jsonl")
+    )
+    return held if has_checkpoint or has_parts or has_metrics else None
 
 
 def last_schedule_step(config: Config, num_train: int) -> int | None:

@@ -10,12 +10,12 @@ import errno
 import fcntl
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dbdist import log
 from dbdist.errors import ConfigError
 
 NAME = ".lock"
@@ -66,8 +66,7 @@ def _lock(run_dir: Path, descriptor: int, block: int, start: float, timeout_s: f
         waited_s = time.monotonic() - start
         if not is_here and not has_told and waited_s > 0.5:  # by then it has signed
             told = f"waits up to {patience_s:.0f} s for {holder}, which trains block {block}"
-            with suppress(OSError):
-                print(f"warning: {run_dir}: {told} there", file=sys.stderr, flush=True)
+            log.warning(f"{run_dir}: {told} there")
             has_told = True
         if waited_s > patience_s:
             raise ConfigError(

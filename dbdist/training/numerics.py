@@ -1,9 +1,7 @@
 """When numbers go wrong: what is kept of a step whose loss or gradient is not finite, and losses
 that jump. Does not communicate."""
 
-import json
 import math
-import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +10,9 @@ from statistics import fmean, pstdev
 
 import torch
 from torch import Tensor
+
+from dbdist.checkpoint.names import step_folder
+from dbdist.whole_files import write_json
 
 WINDOW = 100
 """Steps that a loss is compared with."""
@@ -46,7 +47,7 @@ class BadStep:
         """RUN/nonfinite/step-…-block-B-rank-R.json. Raises OSError."""
         folder = run_dir / "nonfinite"
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step-{self.step:08d}-block-{self.block}-rank-{self.rank}.json"
+        path = folder / f"{step_folder(self.step)}-block-{self.block}-rank-{self.rank}.json"
         content = {
             "step": self.step,
             "block": self.block,
@@ -59,9 +60,7 @@ class BadStep:
             **{name: [*map(_plain, values.tolist())] for name, values in self.per_sample.items()},
             "grad_norms": {name: _plain(v) for name, v in self.grad_norms.items()},
         }
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(partial, path)
+        write_json(path, content, indent=1)
         return path
 
 

@@ -10,14 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dbdist import log
 from dbdist.config.config import Config
-from dbdist.data.loader import BatchStream
 from dbdist.monitor.histogram import LevelHistogram
 from dbdist.monitor.monitor import Monitor
 from dbdist.monitor.ownership import peak_memory_mb
 from dbdist.parallel.mailbox import Mailbox
 from dbdist.parallel.shared_sync import SharedSync
 from dbdist.parallel.topology import Topology
+from dbdist.training.batches import StoppingBatches
 from dbdist.training.numerics import LossSpikes
 from dbdist.training.rank_state import OwnedBlock
 
@@ -28,7 +29,7 @@ class Trainee:
 
     owned: OwnedBlock
     steps_done: int
-    batches: BatchStream
+    batches: StoppingBatches
     histogram: LevelHistogram | None
     totals: dict[str, Tensor] = field(default_factory=dict)
     """Sums over the steps since the last record that were not skipped, on the device, by name."""
@@ -76,10 +77,11 @@ class Records:
         sync: SharedSync,
         trainees: list[Trainee],
         start_step: int,
+        monitor: Monitor | None = None,
     ) -> None:
+        """monitor: on rank 0, if records are kept."""
         self.config, self.topology, self.sync, self.trainees = config, topology, sync, trainees
-        self.monitor: Monitor | None = None
-        """On rank 0, once training begins."""
+        self.monitor = monitor
         self._mailbox = Mailbox(topology, "metrics")
         self._marks = _Marks(step=start_step)
 
@@ -101,7 +103,7 @@ class Records:
     def warn(self, text: str) -> None:
         """A line in the log, from the block's first replica."""
         if self.topology.replica == 0:
-            self._mailbox.post({"warning": text})
+            self._mailbox.post({"warning": text, "place": log.place()})
 
     def measure(self, step: int) -> dict[str, float]:
         """This rank's scalars since the last record; none for the same step again. Collective among
@@ -176,11 +178,9 @@ class Records:
         if not self.topology.is_coordinator:
             return
         for rank, record in self._mailbox.collect():
-            if self.monitor is None:
-                continue
             if "warning" in record:
-                self.monitor.warn(record["warning"])
-            else:
+                log.warning(record["warning"], at=record["place"])
+            elif self.monitor is not None:
                 self.monitor.record(rank, record["step"], record["scalars"], record["histogram"])
 
     def has(self, step: int) -> bool:

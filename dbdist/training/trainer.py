@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +20,30 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from dbdist import seeds
+from dbdist import log, seeds
 from dbdist.build import Setup
 from dbdist.checkpoint.manifest import Checkpoint
 from dbdist.checkpoint.names import PREFIX
-from dbdist.checkpoint.writer import CheckpointWriter
+from dbdist.checkpoint.same_data import data_entry
 from dbdist.data.base import Dataset
+from dbdist.data.found import identity_of
 from dbdist.data.loader import BatchStream
-from dbdist.errors import CheckpointError, Fault
 from dbdist.monitor.histogram import LevelHistogram
 from dbdist.monitor.levels import levels_of
 from dbdist.monitor.monitor import Monitor
-from dbdist.parallel.health.stopping import GONE, Stop
+from dbdist.parallel.health.stopping import Stop
 from dbdist.parallel.topology import Topology
+from dbdist.run.folder import place_of
 from dbdist.sampling.evaluation import Evaluation, check_test_set, evaluate
 from dbdist.tasks.base import Draws, Loss, draws_of_step, to_device
+from dbdist.training.batches import LastBatch, StoppingBatches
+from dbdist.training.due import Due, due_after
 from dbdist.training.numerics import BadStep, norms_of
 from dbdist.training.rank_state import OwnedBlock, RankState, own_blocks
 from dbdist.training.records import Records, StepResult, Trainee
-from dbdist.training.state_files import files_of, restore
-
-MAX_APART_S = 15.0
-"""Blocks that never wait for each other stop after a common step if all can come to it in this
-time. Launchers kill a rank 30 s after its SIGTERM."""
+from dbdist.training.saving import Saving
+from dbdist.training.state_files import restore
+from dbdist.training.stop import MAX_APART_S, any_fault, save_and_stop
 
 
 class Trainer:
@@ -55,9 +57,11 @@ class Trainer:
         test_set: Dataset,
         checkpoint: Checkpoint | None = None,
         blocks: list[int] | None = None,
+        monitor: Monitor | None = None,
     ) -> None:
         """checkpoint: where to continue. blocks: to train; None: those of the mode and the
-        topology. Raises ConfigError, CheckpointError or TopologyError."""
+        topology. monitor: on rank 0, if records are kept. Raises ConfigError, CheckpointError or
+        TopologyError."""
         config = setup.config
         self.setup, self.config, self.topology = setup, config, topology
         self.train_set, self.test_set = train_set, test_set
@@ -71,59 +75,61 @@ class Trainer:
         if checkpoint is not None:
             with topology.agree("reading the checkpoint"):
                 restore(self.state, checkpoint)
+        self.stopping = topology.watch.stopping
+        self._last_batch = LastBatch()
         self._order = self._block_order()
         self.trainees = [self._trainee(owned) for owned in self.state.blocks]
-        self.writer = CheckpointWriter(
-            Path(config.run_dir),
-            topology,
-            self._writers(),
-            config.checkpoint.keep_last,
-            self._own_part(),
-            config.trained_blocks,
+        self.records = Records(
+            config, topology, self.state.sync, self.trainees, self.start_step, monitor
+        )
+        self.saving = Saving(
+            config, topology, self.state, self._about, self.start_step, self.records.has
         )
         self.stop: Stop | None = None
         """Why training ended before its last step."""
         self.step = self.start_step
         """Steps done by every block."""
-        self._is_sound = True
-        """Whether this rank's state may be saved."""
-        self.records = Records(config, topology, self.state.sync, self.trainees, self.start_step)
+        self._place: tuple[int, int] | None = None
+        """Of the run directory, while there is one."""
 
-    def fit(self, monitor: Monitor | None) -> Evaluation | None:
-        """Trains to the last step and evaluates, if all blocks are here. monitor: on rank 0.
+    def fit(self) -> Evaluation | None:
+        """Trains to the last step and evaluates, if all blocks are here.
 
         Returns None without all blocks, or if it was asked to stop before (`stop` says why); what
         was trained is saved then. Raises Fault where something is wrong, UserError for a mistake.
         """
-        self.records.monitor = monitor
-        if monitor is not None:
-            self.writer.warn = monitor.warn
-            self.writer.is_recorded = self.records.has
         if self.topology.is_coordinator:
             is_averaged = self.config.shared == "averaged"
-            self.writer.clean(self.start_step if is_averaged else None)
+            self.saving.writer.clean(self.start_step if is_averaged else None)
         self.topology.barrier()
+        self._place = place_of(Path(self.config.run_dir))
         self.state.set_training(True)
-        evaluation, stopping = None, self.topology.watch.stopping
         if self.config.shared == "private":
-            stopping.max_apart_s = MAX_APART_S
+            self.stopping.max_apart_s = MAX_APART_S
         try:
-            for step in range(self.start_step, self.max_steps):
-                self.stop = stopping.may_begin(step)
-                if self.stop is not None:
-                    self._save_and_stop(self.stop)
-                    break
-                self.train_step(step)
-                self.step = step + 1
-                evaluation = self._after_step(self.step)
-            if self.stop is None:
-                if evaluation is None and self.config.is_joint:  # there was nothing left to train
-                    evaluation = self.evaluate(self.start_step)
-                self._finish_saving()
+            evaluation = self._train()
         finally:
             self.close()
         self.records.collect()
-        return evaluation if self.stop is None else None
+        return evaluation
+
+    def _train(self) -> Evaluation | None:
+        evaluation = None
+        for step in range(self.start_step, self.max_steps):
+            self.stop = self.stopping.may_begin(step)
+            if self.stop is not None:
+                self._save_and_stop(self.stop)
+                return None
+            log.set_step(step + 1)
+            self.train_step(step)
+            self.step = step + 1
+            evaluation = self._after_step(self.step)
+        if self.stop is not None:
+            return None
+        if evaluation is None and self.config.is_joint:  # there was nothing left to train
+            evaluation = self.evaluate(self.start_step)
+        self.saving.finish()
+        return evaluation
 
     def train_step(self, step: int) -> None:
         """One step of every block: of this rank's, or in sequential mode of num_blocks random ones.
@@ -151,7 +157,7 @@ class Trainer:
         """Ends the workers that load data, and what is still being saved."""
         for trainee in self.trainees:
             trainee.batches.close()
-        self.writer.close()
+        self.saving.writer.close()
 
     # The step
 
@@ -245,9 +251,9 @@ class Trainer:
         if policy == "skip" and trainee.skipped_in_a_row <= limit:
             self.records.warn(f"{text}; the step is skipped, see {report}")
             return
-        self._is_sound = False
+        self.saving.refusal = "its numbers are wrong"
         row = f" in {limit + 1} steps in a row (train.max_skipped)" if policy == "skip" else ""
-        topology.watch.stopping.ask(
+        self.stopping.ask(
             f"{text}{row}; see {report}; continue with --train.nonfinite skip, or start again with "
             "a lower train.lr",
             is_fault=True,
@@ -298,130 +304,103 @@ class Trainer:
 
     # Between steps
 
-    def _save(self, step: int) -> None:
-        refusal = None if self._is_sound else "its numbers are wrong"
-        self.writer.save(step, files_of(self.state), self._about(step), refusal=refusal)
-
-    def _stop_for_any_fault(self) -> None:
-        """At the end, where no rank asks any more whether to go on. Collective."""
-        if fault := self._any_fault():
-            self._save_and_stop(fault)
-
-    def _any_fault(self) -> Stop | None:
-        """What the first of the ranks has found wrong. Collective."""
-        self.topology.watch.at("waiting for the others", waits=True)
-        faults = self.topology.gather(self.topology.watch.stopping.own_fault)
-        return next((fault for fault in faults if isinstance(fault, Stop)), None)
-
-    def _save_and_stop(self, stop: Stop) -> None:
-        """Saves what may be saved. Raises Fault if something is wrong."""
-        if stop.last_step is not None and not stop.is_fault:
-            stop = self._any_fault() or stop
-        is_new = self.step > self.start_step and self.step != self.writer.last_step
-        told = ""
-        if not stop.is_fault and stop.last_step is not None:
-            if is_new:
-                self._after_step(self.step, is_stop=True)
-            self._finish_saving()
-        elif is_new and self._is_sound and self._has_own_part():
-            told = self._save_alone(stop)
-        elif not stop.is_fault and stop.apart != GONE:
-            self.writer.stay_alone()
-            self.writer.finish(self.config.parallel.timeout_s)
-        if stop.is_fault:
-            raise Fault(stop.reason + told)
-        if stop.last_step is None and stop.apart == GONE:
-            raise Fault(f"{stop.reason}, but {GONE}{told or '; nothing new is saved'}")
-
-    def _save_alone(self, stop: Stop) -> str:
-        """Saves this rank's block without the others; what to say of it. Raises CheckpointError
-        where there is nothing worse to tell."""
-        self.topology.watch.at("saving")
-        self.writer.save(self.step, files_of(self.state), self._about(self.step), is_alone=True)
-        try:
-            self.writer.finish(self.config.parallel.timeout_s)
-        except CheckpointError as error:
-            if not stop.is_fault and stop.apart != GONE:
-                raise
-            return f"; {error}"
-        return f"; blocks {own_blocks(self.config, self.topology)} saved step {self.step}"
-
-    def _finish_saving(self) -> None:
-        with self.topology.agree():
-            self.topology.watch.at("completing the checkpoint", waits=True)
-            self.writer.finish(self.config.parallel.timeout_s)
-
-    def _after_step(self, step: int, is_stop: bool = False) -> Evaluation | None:
-        """What is due after a step of every block: checkpoint, evaluation, record. is_stop: all is
-        done but the checkpoint."""
-        config, is_last = self.config, step == self.max_steps
-        is_eval = is_last or _is_due(step, config.eval.every_steps)
-        is_eval = is_eval and config.is_joint and not is_stop
-        is_save = is_last or _is_due(step, config.checkpoint.every_steps) or is_stop
-        is_log = is_eval or is_save or _is_due(step, config.train.log_every) or step == 1
-        if _is_due(step, config.parallel.check_every) and not is_stop:
+    def _after_step(self, step: int) -> Evaluation | None:
+        due = due_after(step, self.max_steps, self.config)
+        if due.record:
+            self._check_folder()
+        if due.check:
             self._compare_weights(step)
-        if is_last and not config.has_copies:
-            self._stop_for_any_fault()
-        scalars = self.records.measure(step) if is_log else {}
-        if is_save:
-            self.topology.watch.at("saving")
-            self._save(step)
+        if step == self.max_steps:
+            return self._finish_run(step, due)
+        scalars = self.records.measure(step) if due.record else {}
+        if due.save:
+            self.saving.save(step)
         else:
-            self.writer.poll()
-        if is_last and config.has_copies:  # each has saved its own, and waited for nobody
+            self.saving.writer.poll()
+        return self._evaluate_and_record(step, due, scalars)
+
+    def _finish_run(self, step: int, due: Due) -> Evaluation | None:
+        """What comes after the last step; None if it ends in a stop all the same."""
+        if self.config.has_copies:  # each saves its own block, and waits for nobody before
+            scalars = self.records.measure(step)
+            self.saving.save(step)
             self.topology.watch.at("waiting for the others", waits=True)
-            self.stop = self.topology.watch.stopping.wait_for_all()
+            self.stop = self.stopping.wait_for_all()
             if self.stop is not None:
                 self.records.post(step, scalars, with_histograms=True)
                 self._save_and_stop(self.stop)
                 return None
             self._stop_for_any_fault()
-        evaluation = self.evaluate(step) if is_eval else None
+        else:
+            self._stop_for_any_fault()
+            scalars = self.records.measure(step)
+            self.saving.save(step)
+        return self._evaluate_and_record(step, due, scalars)
+
+    def _evaluate_and_record(
+        self, step: int, due: Due, scalars: dict[str, float]
+    ) -> Evaluation | None:
+        evaluation = self.evaluate(step) if due.evaluate else None
         if evaluation is not None and self.topology.is_coordinator:
             scalars |= evaluation.scalars()
-        if is_log:
+        if due.record:
             self.topology.watch.at("recording")
-            self.records.post(step, scalars, with_histograms=is_eval or is_last)
+            is_last = step == self.max_steps
+            self.records.post(step, scalars, with_histograms=due.evaluate or is_last)
             self.records.collect()
         return evaluation
+
+    def _stop_for_any_fault(self) -> None:
+        """At the end, where no rank asks any more whether to go on. Collective."""
+        if fault := any_fault(self.topology):
+            self._save_and_stop(fault)
+
+    def _save_and_stop(self, stop: Stop) -> None:
+        """Saves what may be saved. Raises Fault if something is wrong."""
+        save_and_stop(stop, self.step, self.topology, self.saving, self._save_and_record)
+
+    def _save_and_record(self, step: int) -> None:
+        """Saves a step that all ranks stop after."""
+        scalars = self.records.measure(step)
+        self.saving.save(step)
+        self.records.post(step, scalars, with_histograms=False)
+        self.records.collect()
+
+    def _check_folder(self) -> None:
+        """Stops the run where its folder was removed or replaced: it would be lost at the end."""
+        run_dir = Path(self.config.run_dir)
+        if self._place is not None and place_of(run_dir) != self._place:
+            self.saving.refusal = "its run directory is gone"
+            self.stopping.ask(
+                f"{run_dir} was removed or replaced while it was trained", is_fault=True
+            )
 
     def _compare_weights(self, step: int) -> None:
         """Stops the run where ranks no longer have the same weights."""
         if difference := self.state.find_drift():
-            self._is_sound = False
-            self.topology.watch.stopping.ask(
+            self.saving.refusal = "its numbers are wrong"
+            self.stopping.ask(
                 f"step {step}: weights that must be alike are not: {difference}; continue from a "
                 "checkpoint before this step",
                 is_fault=True,
             )
 
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What tells the data from other data."""
+        return identity_of(self.train_set, self.test_set)
+
     def _about(self, step: int) -> dict[str, Any]:
         """What a checkpoint's manifest and parts say beside their files."""
-        spec = self.train_set.spec
         return {
             "samples_seen": step * self.config.train.batch_size * self.config.num_blocks,
             "seed": self.config.seed,
-            "data": {
-                "name": spec.name,
-                "class_names": getattr(spec, "class_names", None),
-                "spec": spec.identity(),
-            },
+            "data": data_entry(self._identity),
             "model": self.setup.describe(),
             "config": asdict(self.config),
         }
 
     # Set-up
-
-    def _own_part(self) -> int | None:
-        """The block whose part of each checkpoint this rank writes: its own, if that needs nothing
-        of other ranks."""
-        is_writer = self._has_own_part() and self.topology.is_leader
-        return self.state.blocks[0].index if is_writer else None
-
-    def _has_own_part(self) -> bool:
-        """Whether this rank can save its block without the other ranks."""
-        return self.config.has_copies and bool(self.state.blocks)
 
     def _trainee(self, owned: OwnedBlock) -> Trainee:
         config, device, block = self.config, self.topology.device, owned.index
@@ -431,7 +410,7 @@ class Trainer:
         histogram = None
         if self.levels is not None:
             histogram = LevelHistogram.of(self.levels, block, device)
-        batches = BatchStream(
+        stream = BatchStream(
             self.train_set,
             config.train.batch_size,
             config.seed,
@@ -442,6 +421,8 @@ class Trainer:
             num_workers=config.data.num_workers,
             pin_memory=device.type == "cuda",
         )
+        who = f"rank {self.topology.rank}, block {block}"
+        batches = StoppingBatches(stream, self.stopping, who, self._last_batch)
         return Trainee(owned, steps_done, batches, histogram)
 
     def _block_order(self) -> list[list[int]]:
@@ -455,12 +436,3 @@ class Trainer:
             torch.randint(num_blocks, (num_blocks,), generator=generator).tolist()
             for _ in range(self.max_steps)
         ]
-
-    def _writers(self) -> set[int]:
-        """Ranks that write a part of each checkpoint: the coordinator and each block's leader."""
-        layout = self.topology.layout
-        return {0, *(layout.rank_of(block, 0) for block in range(layout.num_blocks))}
-
-
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ranks import config_of, setup_of
 
 import dbdist
-from dbdist.checkpoint.choose import choose
+from dbdist.checkpoint.choose import Candidates
 from dbdist.checkpoint.manifest import find_checkpoint
 from dbdist.checkpoint.weights import load_weights
 from dbdist.checkpoint.writer import CheckpointWriter
@@ -97,7 +97,8 @@ def use(config, folder):
     """All that a run which continues asks of its checkpoints."""
     model = setup_of(config).describe()
     needed = files_to_restore(config, ALONE, BLOCKS)
-    choice = choose(folder, ALONE, model, lambda _: needed, fallback=True, is_training=True)
+    found = Candidates(folder, ALONE, model, lambda _: needed, fallback=True, is_training=True)
+    choice = found.newest()
     if choice is not None:
         for file in needed:
             choice.checkpoint.tensors(file)

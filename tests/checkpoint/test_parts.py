@@ -5,7 +5,9 @@ import os
 
 import pytest
 import torch
+from ranks import warnings_from_now_on
 
+from dbdist import log
 from dbdist.checkpoint.manifest import (
     complete_folders,
     find_checkpoint,
@@ -33,17 +35,26 @@ ABOUT = {
     "samples_seen": 5,
     "seed": 0,
     "data": {"name": "digits", "class_names": ["a", "b"]},
-    "model": {"layers_per_block": [1, 2, 1], "boundaries": [0.1, 1.0, 2.0, 3.0]},
+    "model": {
+        "task": "classification",
+        "layers_per_block": [1, 2, 1],
+        "boundaries": [0.1, 1.0, 2.0, 3.0],
+    },
     "config": {"seed": 0},
 }
+
+
+@pytest.fixture(autouse=True)
+def usual_terminal():
+    yield
+    log.share_terminal(None)
 
 
 def writer_of(run_dir, block, keep_last=10, trained=None):
     """The writer of a run of one block, and the lines it tells."""
     topology, trained = Topology(Layout(1)), (block,) if trained is None else trained
     writer = CheckpointWriter(run_dir, topology, {0}, keep_last, block, trained)
-    writer.warn = (told := []).append
-    return writer, told
+    return writer, warnings_from_now_on()
 
 
 def files(block, value):
@@ -285,11 +296,12 @@ def save_without_rank_1(rank, run_dir, steps, told_step):
     topology = rank.join(Layout(3))
     block = topology.block
     writer = CheckpointWriter(run_dir, topology, {0, 1, 2}, 2, block)
-    writer.warn = (told := []).append
+    told = warnings_from_now_on()
     for step in steps:
         if block == 1 and step >= told_step:
             break
-        writer.save(step, files(block, step), ABOUT, is_alone=step > told_step)
+        save = writer.save_own_block if step > told_step else writer.save
+        save(step, files(block, step), ABOUT)
         if step < told_step:
             writer.finish(10.0)
     if block != 1:
@@ -336,13 +348,13 @@ def first_rank_ahead(rank, run_dir, steps):
     topology = rank.join(Layout(3))
     block = topology.block
     writer = CheckpointWriter(run_dir, topology, {0, 1, 2}, 1, block)
-    writer.warn = (told := []).append
+    told = warnings_from_now_on()
     collect = writer._mailbox.collect
     if block == 0:
         writer._mailbox.collect = lambda: []
     for step in steps:
         writer.save(step, files(block, step), ABOUT)
-    writer._part.result()
+    writer._report.result()
     if block != 0:
         writer.finish(10.0)
     topology.barrier()
@@ -377,7 +389,7 @@ def test_parts_that_were_saved_together_wait_for_their_manifest(tmp_path):
 def joint_with_a_failure(rank, run_dir, steps):
     topology = rank.join(Layout(3))
     writer = CheckpointWriter(run_dir, topology, {0, 1, 2}, 1, topology.block)
-    writer.warn = (told := []).append
+    told = warnings_from_now_on()
     for step in steps:
         writer.save(step, files(topology.block, step), ABOUT)
     ending = ""

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from machine import wait_for_text
-from ranks import config_of, setup_of
+from ranks import config_of, setup_of, warnings_from_now_on
 
+from dbdist import log
 from dbdist.bench.save import measure
 from dbdist.checkpoint.manifest import complete_folders, find_checkpoint
 from dbdist.checkpoint.writer import CheckpointWriter
@@ -29,11 +30,16 @@ ABOUT = {"model": {"layers_per_block": [2, 1], "data": "digits"}}
 FILE = "shared.safetensors"
 
 
-def writer_of(run_dir, keep_last=10):
-    """A writer, and the lines it tells."""
-    writer = CheckpointWriter(run_dir, Topology(Layout(1)), {0}, keep_last)
-    writer.warn = (told := []).append
-    return writer, told
+@pytest.fixture(autouse=True)
+def usual_terminal():
+    yield
+    log.share_terminal(None)
+
+
+def writer_of(run_dir, keep_last=10, **options):
+    """A writer, and what it warns of."""
+    writer = CheckpointWriter(run_dir, Topology(Layout(1)), {0}, keep_last, **options)
+    return writer, warnings_from_now_on()
 
 
 def files(value, size=4):
@@ -115,9 +121,8 @@ def test_a_save_waits_for_the_one_before_and_takes_the_same_memory(tmp_path, bus
 
 
 def test_a_checkpoint_is_complete_only_when_the_metrics_up_to_it_are_written(tmp_path):
-    writer, _ = writer_of(tmp_path)
     recorded: list[int] = []
-    writer.is_recorded = recorded.__contains__
+    writer, _ = writer_of(tmp_path, is_recorded=recorded.__contains__)
     writer.save(1, files(1), ABOUT)
     with pytest.raises(CheckpointError, match="step 1: a rank's metrics have not arrived"):
         writer.finish(0.5)
@@ -214,8 +219,7 @@ def save_on_rank(rank, run_dir, steps, silent):
     """What this rank was told, and how it ended. Ranks in `silent` do not save."""
     topology = rank.join(Layout(3))
     writer = CheckpointWriter(run_dir, topology, {0, 1, 2}, 1)
-    writer.warn = (told := []).append
-    ending = ""
+    told, ending = warnings_from_now_on(), ""
     for step in steps if topology.rank not in silent else ():
         own = {f"block-{topology.rank}.safetensors": {"x": torch.full((2,), float(topology.rank))}}
         writer.save(step, own, ABOUT if topology.is_coordinator else {})
@@ -331,7 +335,7 @@ def test_old_checkpoints_that_cannot_be_removed_are_told_and_cost_nothing(tmp_pa
         def refuse(path):
             raise OSError(1, "Operation not permitted", str(path))
 
-        patch.setattr("dbdist.checkpoint.writer.remove_checkpoint", refuse)
+        patch.setattr("dbdist.checkpoint.retention.remove_checkpoint", refuse)
         writer.save(2, files(2), ABOUT)
         writer.finish(10.0)
     assert len(told) == 1
@@ -347,10 +351,11 @@ def test_a_folder_that_cannot_be_listed_is_told_and_costs_nothing(tmp_path, monk
         def refuse(folder):
             raise CheckpointError(f"{folder} cannot be read (Stale file handle)")
 
-        patch.setattr("dbdist.checkpoint.writer.complete_folders", refuse)
+        for place in ("writer", "retention"):
+            patch.setattr(f"dbdist.checkpoint.{place}.complete_folders", refuse)
         writer.save(2, files(2), ABOUT)
         writer.finish(10.0)
-        writer._tell(3, "something")
+        writer._warn_of(3, "something")
     assert len(told) == 2
     assert "keep_last cannot be removed" in told[0]
     assert told[1].endswith("training goes on, " + f"{tmp_path}/checkpoints cannot be read")
@@ -447,7 +452,7 @@ assert time.monotonic() - start < 5
 """
     job = machine.script(SCRIPT + script, tmp_path)
     assert job.wait(60) == code, job.printed()
-    assert "rank 0 did not write its part of step 1" in job.printed()
+    assert "rank 0 did not write its files of step 1" in job.printed()
     assert find_checkpoint(tmp_path) is None
 
 
@@ -462,7 +467,7 @@ def test_training_that_fails_after_a_save_completes_that_checkpoint(tmp_path, mo
 
     monkeypatch.setattr(trainer, "evaluate", fail)
     with pytest.raises(error):
-        trainer.fit(None)
+        trainer.fit()
     checkpoint = find_checkpoint(tmp_path)
     assert checkpoint is not None
     assert checkpoint.step == config.train.max_steps

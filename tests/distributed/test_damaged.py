@@ -12,7 +12,7 @@ from ranks import setup_of
 from reading import lines_of
 
 from dbdist.checkpoint import manifest as checkpoint
-from dbdist.checkpoint.choose import choose, set_aside
+from dbdist.checkpoint.choose import Candidates, set_aside
 from dbdist.checkpoint.manifest import complete_folders, find_checkpoint
 from dbdist.commands.export import export
 from dbdist.errors import CheckpointError
@@ -101,9 +101,8 @@ def chosen(folder, fallback, step=None):
     config = config_of(folder, "--mode", "sequential")
     needed = files_to_restore(config, ALONE, BLOCKS)
     model = setup_of(config).describe()
-    return choose(
-        folder, ALONE, model, lambda _: needed, fallback=fallback, step=step, is_training=True
-    )
+    found = Candidates(folder, ALONE, model, lambda _: needed, fallback=fallback, is_training=True)
+    return found.newest() if step is None else found.of_step(step)
 
 
 @cases
@@ -206,7 +205,8 @@ def test_a_file_that_a_rank_does_not_need_is_not_hashed(copy, monkeypatch):
     needed = files_to_restore(config, one, [1])
     model = setup_of(config).describe()
     flip_a_bit(path, "block-2.safetensors")
-    choice = choose(folder, one, model, lambda _: needed, fallback=False, is_training=True)
+    found = Candidates(folder, one, model, lambda _: needed, fallback=False, is_training=True)
+    choice = found.newest()
     for file in needed:
         choice.checkpoint.tensors(file)
     assert hashed == ["shared.safetensors", "block-1.safetensors", "block-1.optimizer.safetensors"]

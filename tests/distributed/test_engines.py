@@ -45,7 +45,7 @@ def train_rank(rank, options, is_float64=False):
     topology = rank.join(layout_of(config, rank.launch.world_size))
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
     trainer = Trainer(setup_of(config), topology, *data, find_checkpoint(Path(config.run_dir)))
-    evaluation = trainer.fit(None)
+    evaluation = trainer.fit()
     weights = {}
     for owned in trainer.state.blocks:
         weights = {k: v.tolist() for k, v in owned.engine.weights().items()}

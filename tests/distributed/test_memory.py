@@ -69,7 +69,7 @@ def peaks_of_rank(rank, options):
     with LiveBytes() as setup:
         trainer = Trainer(setup_of(config), topology, *data)
     parameters = sum(p.numel() for o in trainer.state.blocks for p in o.module.parameters())
-    trainer.fit(None)
+    trainer.fit()
     names = sorted(
         {n.split(".")[1] for o in trainer.state.blocks for n, _ in o.module.named_parameters()}
     )

@@ -21,7 +21,7 @@ def trained(tmp_path, *options):
     config = config_of(f"run_dir={tmp_path}", *options)
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
     trainer = Trainer(setup_of(config), Topology(layout_of(config, 1)), *data)
-    trainer.fit(None)
+    trainer.fit()
     return trainer
 
 

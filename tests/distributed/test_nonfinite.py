@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import config_of, setup_of
+from ranks import config_of, setup_of, warnings_from_now_on
 from reading import lines_of
 from replicas import LINEAR, engine_options
 
@@ -38,15 +38,6 @@ class Result:
     warnings: list
 
 
-class SilentMonitor(Monitor):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.warnings = []
-
-    def warn(self, text):
-        self.warnings.append(text)
-
-
 def train_rank(rank, options, bad, what="gradient"):
     """Trains. bad: {step: (block, replica)} whose loss, or gradient alone, is not finite there; or
     whose loss jumps."""
@@ -56,7 +47,11 @@ def train_rank(rank, options, bad, what="gradient"):
     topology = rank.join(layout_of(config, rank.launch.world_size))
     topology.start_watch(60.0, lambda line: None)
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
-    trainer = Trainer(setup_of(config), topology, *data)
+    monitor = None
+    if topology.is_coordinator:
+        reporters = set(range(topology.world_size))
+        monitor = Monitor(Path(config.run_dir), None, 3, reporters, 0, 8)
+    trainer = Trainer(setup_of(config), topology, *data, monitor=monitor)
     owned = trainer.state.blocks[0]
 
     def is_bad():
@@ -74,13 +69,9 @@ def train_rank(rank, options, bad, what="gradient"):
             return loss._replace(value=loss.value + (extra if is_bad() else 0))
 
         owned.objective.forward = spoiled
-    monitor = None
-    if topology.is_coordinator:
-        reporters = set(range(topology.world_size))
-        monitor = SilentMonitor(Path(config.run_dir), None, 3, reporters, 0, 8)
-    fault = None
+    fault, warnings = None, warnings_from_now_on()
     try:
-        trainer.fit(monitor)
+        trainer.fit()
     except Fault as caught:
         fault = str(caught)
     if monitor is not None:
@@ -92,7 +83,7 @@ def train_rank(rank, options, bad, what="gradient"):
         {k: v.tolist() for k, v in owned.engine.weights().items()},
         {k: v.tolist() for k, v in trainer.state.shared_parameters.items()},
         next(iter(state.values()))["step"].item() if state else 0.0,
-        monitor.warnings if monitor else [],
+        warnings,
     )
     topology.close()
     return result

@@ -18,7 +18,7 @@ def weights_of_rank(rank, nodes):
     topology = rank.join(layout_of(config, 4))
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
     trainer = Trainer(setup_of(config), topology, *data)
-    trainer.fit(None)
+    trainer.fit()
     return topology.place, {k: v.tolist() for k, v in trainer.state.parameters.items()}
 
 

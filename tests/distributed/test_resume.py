@@ -12,7 +12,7 @@ from reading import lines_of, tensors_of
 from safetensors.torch import load_file
 
 import dbdist
-from dbdist.checkpoint.choose import choose
+from dbdist.checkpoint.choose import Candidates
 from dbdist.checkpoint.manifest import find_checkpoint
 from dbdist.commands.export import export
 from dbdist.data.sources import load_dataset
@@ -232,7 +232,7 @@ def refusal_of_rank(rank, folder):
     topology = rank.join(Layout(2))
     own = Path(folder) / str(topology.rank)
     try:
-        choose(own, topology, {}, lambda _: [], fallback=True, is_training=True)
+        Candidates(own, topology, {}, lambda _: [], fallback=True, is_training=True).newest()
     except CheckpointError as error:
         return str(error).replace(str(own), "OWN")
     return None

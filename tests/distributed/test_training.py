@@ -26,7 +26,7 @@ def train_rank(rank, options, steps=None):
     topology = rank.join(layout_of(config, rank.launch.world_size))
     data = load_dataset(config.data, "train"), load_dataset(config.data, "test")
     trainer = Trainer(setup_of(config), topology, *data)
-    evaluation = trainer.fit(None)
+    evaluation = trainer.fit()
     weights = {k: v.tolist() for k, v in trainer.state.parameters.items()}
     return weights, dict(topology.meter.received), evaluation
 

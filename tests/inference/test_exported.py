@@ -511,14 +511,30 @@ def test_another_format_or_version_is_refused(model_dir, key, value):
     assert "dbdist-model version 2" in refused(model_dir)
 
 
-def test_config_json_comes_last_and_marks_a_model_complete(small_disk):
+def test_config_json_comes_last_and_marks_a_model_complete(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    export_blocks(out)
+
+    def refuse(snapshot, path):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dbdist.checkpoint.snapshot.Snapshot.write", refuse)
+        with pytest.raises(CheckpointError, match=r"out cannot be written \(No space"):
+            save_model(out, {"x": torch.zeros(10)}, Description(config_of(), SPEC, (1, 2)))
+    assert "config.json is of an export that was not finished" in refused(out)
+    export_blocks(out)
+    dbdist.load(out)
+
+
+def test_an_export_that_a_full_disk_does_not_let_begin_leaves_the_model_before(small_disk):
     out = small_disk.path / "out"
     export_blocks(out)
     with suppress(OSError):
         (small_disk.path / "ballast").write_bytes(bytes(2**21))
     with pytest.raises(CheckpointError, match=r"out cannot be written \(No space"):
         save_model(out, {"x": torch.zeros(10**6)}, Description(config_of(), SPEC, (1, 2)))
-    assert "config.json" in refused(out)
+    dbdist.load(out)
     assert not list(out.glob("*.partial"))
 
 

@@ -108,7 +108,7 @@ def train_with_drift(rank, options, drifting):
 
     trainer.train_step = drift
     try:
-        trainer.fit(None)
+        trainer.fit()
     except Fault as fault:
         return str(fault), trainer.step
     finally:

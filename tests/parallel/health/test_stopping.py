@@ -81,7 +81,7 @@ def test_without_one_rank_the_others_stop_where_they_are(store, gone, monkeypatc
     for player in players:
         player.end()
         assert player.stop.reason == "a signal"
-        assert player.stop.last_step is None
+        assert (player.stop.kind, player.stop.last_step) == ("rank_gone", None)
 
 
 def test_blocks_that_are_too_far_apart_stop_each_by_itself_and_copies_together(store, monkeypatch):
@@ -100,7 +100,7 @@ def test_blocks_that_are_too_far_apart_stop_each_by_itself_and_copies_together(s
     for player, step in zip(players, (42, 42, 6), strict=True):
         stop = player.may_begin(step)
         assert stop is not None
-        assert (stop.last_step, stop.apart) == (None, "the blocks are 36 steps apart, or 18 s")
+        assert (stop.kind, stop.last_step) == ("apart", None)
 
 
 @pytest.mark.parametrize("is_far", [False, True])
@@ -169,7 +169,7 @@ def test_one_process_ends_after_the_step_it_has_begun():
     stopping.ask("a signal")
     stop = stopping.may_begin(7)
     assert stop is not None
-    assert (stop.reason, stop.is_fault, stop.last_step) == ("a signal", False, 7)
+    assert (stop.kind, stop.reason, stop.last_step) == ("together", "a signal", 7)
 
 
 LISTENING = """

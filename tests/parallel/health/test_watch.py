@@ -30,7 +30,7 @@ def train_slowly(rank, options):
     trainer.train_step = slow_step
     said = []
     topology.start_watch(TIMEOUT_S, said.append)  # a verdict would also end this process
-    trainer.fit(None)
+    trainer.fit()
     topology.close()
     return said, trainer.step
 
@@ -50,7 +50,7 @@ def leave(rank, how):
     topology.watch.stopping.may_begin(6)
     time.sleep(1.2)
     if topology.rank == 2 and how == "silently":
-        topology.watch._is_closing.set()
+        topology.watch._guard._is_closing.set()
     elif topology.rank == 2:
         topology.watch.close(how)
     topology.barrier()
