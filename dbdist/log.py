@@ -1,4 +1,4 @@
-"""Lines on stderr, through the standard library's logging: one logger, one handler, one prefix.
+"""Lines on stderr through the standard library's logging: one logger, handler and prefix.
 
 A line begins with `[r3 b1 step 120] ` (rank, block, step, where they are known); a process that
 runs by itself has no prefix. A line that cannot be shown is lost: logging never raises.

@@ -1,4 +1,4 @@
-"""Says on what a measurement was made: the machine, its driver, torch, the code, the command."""
+"""Says on what a measurement was made: machine, driver, torch, code and command."""
 
 import platform
 import shlex

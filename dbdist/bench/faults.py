@@ -1,6 +1,8 @@
-"""`python -m dbdist.bench.faults PLAN OPTION…`: dbdist.train whose ranks fail at exact moments.
+"""Trains with ranks that fail at exact moments.
 
-PLAN is a JSON file, a list of faults; `fail_at` makes them:
+    python -m dbdist.bench.faults PLAN OPTION…
+
+PLAN is a JSON file with a list of faults; the options are dbdist.train's. To write a plan:
 
     plan = [fail_at(rank=1, step=3), fail_at(rank=0, moment="before the manifest", attempt=1)]
     write_plan(path, plan)

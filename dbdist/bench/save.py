@@ -1,10 +1,11 @@
-"""What saving a checkpoint costs training: `python -m dbdist.bench.save --config
-configs/cifar100.yaml`.
+"""Measures what saving a checkpoint costs training.
 
-One process trains one block (`--block`, alone: nothing is sent) and saves it again and again, each
-time after the one before is complete. Images as in `dbdist.bench.step`. Prints a table and one line
-of JSON: a step without saving, what `save` takes from the training (the first time it allocates,
-too), how long it is until the checkpoint is complete, and a step meanwhile.
+    python -m dbdist.bench.save --config configs/cifar100.yaml
+
+One process trains one block (`--block`; it sends nothing to other ranks) and saves it again and
+again, each time after the one before is complete. Images as in `dbdist.bench.step`. Prints a table
+and one line of JSON: a step without saving, what `save` takes from the training (the first time it
+allocates, too), how long it is until the checkpoint is complete, and a step meanwhile.
 """
 
 import json

@@ -54,9 +54,12 @@ class Candidates:
         is_training: bool = False,
         blocks: Sequence[int] | None = None,
     ) -> None:
-        """model: what the checkpoint must agree with. fallback: whether an older one will do where
+        """Sets what the checkpoint has to fulfil.
+
+        model: what the checkpoint must agree with. fallback: whether an older one will do where
         the newest is damaged. is_training: it will be continued. blocks: those that it must have;
-        None: all."""
+        None: all.
+        """
         self._run_dir, self._folder = run_dir, run_dir / "checkpoints"
         self._topology, self._model, self._needs = topology, model, needs
         self._fallback, self._is_training, self._blocks = fallback, is_training, blocks

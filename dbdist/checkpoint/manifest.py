@@ -58,8 +58,10 @@ class Checkpoint:
         return load_weights(self.path / file)
 
     def check(self, file: str) -> None:
-        """Raises CheckpointError, naming the file, unless its size and SHA-256 are the manifest's.
-        A file that holds what another should is told as such."""
+        """Raises CheckpointError unless the file's size and SHA-256 are the manifest's.
+
+        The message names the file, and says where it holds the content of another one.
+        """
         path = self.path / file
         if not self.has(file):
             raise CheckpointError(
@@ -86,8 +88,10 @@ class Checkpoint:
         )
 
     def check_sizes(self) -> None:
-        """Raises CheckpointError, naming the file, if one is missing, or not as long as written
-        (and is not simply another file of this checkpoint)."""
+        """Raises CheckpointError, naming the file, if one is missing or not as long as written.
+
+        Another file of this checkpoint in its place is left to `check`, which says so.
+        """
         for file, stated in self.manifest["files"].items():
             if (size := self._size(file)) != stated["bytes"]:
                 if size in {entry["bytes"] for entry in self.manifest["files"].values()}:
@@ -95,8 +99,7 @@ class Checkpoint:
                 raise self._wrong_size(file, size)
 
     def check_fits(self, description: Mapping[str, Any]) -> None:
-        """Raises CheckpointError, naming the first difference, unless it is of this model and
-        partition."""
+        """Raises CheckpointError, naming the first difference, for another model or partition."""
         stored = self.manifest["model"]
         if "inputs" not in stored:  # of an older version
             description = {k: v for k, v in description.items() if k != "inputs"}
@@ -124,8 +127,10 @@ class Checkpoint:
 
 
 def find_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint | None:
-    """The complete checkpoint of this step, or the newest; None where there is none. Raises
-    CheckpointError if its manifest is damaged."""
+    """Returns the complete checkpoint of this step, or the newest; None where there is none.
+
+    Raises CheckpointError if its manifest is damaged.
+    """
     folder = run_dir / "checkpoints"
     complete = {step_of(path): path for path in complete_folders(folder)}
     if step is not None and step not in complete:
@@ -177,9 +182,11 @@ def newest_steps(run_dir: Path, num_blocks: int) -> list[int | None]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a step's folder: manifest.json, or what the parts of all blocks are together.
+    """Reads the manifest of a step's folder: manifest.json, or the joined reports of all blocks.
+
     Raises CheckpointError for one that is damaged, of another format, version or step, or names
-    files outside the folder."""
+    files outside the folder.
+    """
     file = path / MANIFEST
     if not file.exists():
         if not has_all(path):

@@ -43,8 +43,10 @@ def split_private(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Folders named like checkpoints, complete or not. Raises CheckpointError if they cannot be
-    listed."""
+    """Lists the folders that are named like checkpoints, complete or not.
+
+    Raises CheckpointError if they cannot be listed.
+    """
     try:
         return [p for p in folder.iterdir() if p.is_dir() and FOLDER.fullmatch(p.name)]
     except (FileNotFoundError, NotADirectoryError):

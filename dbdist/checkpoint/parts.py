@@ -62,8 +62,12 @@ def _is_entry(entry: Any) -> bool:
 
 
 def has_all(path: Path) -> bool:
-    """Whether every block of the model has a part in a step's folder, one of them at least saved
-    alone: parts that were saved together wait for their manifest, which comes after the metrics."""
+    """Says whether a folder without a manifest is a checkpoint: every block has a report there.
+
+    At least one block was saved without waiting for others: reports that were written together
+    wait for
+    their manifest, which comes after the metrics.
+    """
     blocks = blocks_in(path)
     for block in blocks:
         with suppress(CheckpointError):  # another one says as well how many blocks there are
@@ -88,8 +92,12 @@ def _may_be_alone(path: Path, block: int) -> bool:
 
 
 def join_parts(parts: Sequence[Part], places: Sequence[Path]) -> dict[str, Any]:
-    """The content of the manifest that these parts are together, without its format. places: where
-    each part comes from, for the error. Raises CheckpointError where they are not of one model."""
+    """Joins the blocks' reports to the content of a manifest, without its format.
+
+    places: where each report comes from, for the error. Raises CheckpointError where they are not
+    of
+    one model.
+    """
     first = parts[0]
     for part, place in zip(parts, places, strict=True):
         of_first, of_part = (agreed(p) for p in (first, part))
@@ -141,8 +149,10 @@ def write_part(path: Path, part: Part) -> None:
 
 
 def remove_block(path: Path, block: int) -> None:
-    """Removes what a block has in a step's folder, and the folder after its last block. Raises
-    OSError."""
+    """Removes what a block has in a step's folder, and the folder after its last block.
+
+    Raises OSError.
+    """
     (path / part_file(block)).unlink(missing_ok=True)  # from here on there is no part
     for file in path.glob(f"block-{block}.*"):
         file.unlink(missing_ok=True)

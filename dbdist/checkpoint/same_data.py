@@ -1,8 +1,8 @@
-"""Is it the data that a checkpoint was trained on? What is written down is compared at every use.
+"""Compares the data with those that a checkpoint was trained on, at every use.
 
-A manifest or part holds `data`: name and class names, `spec` (what a model must know of the data:
-classes, sizes, scaling) and `train` and `test` (number and digest of the samples). Older ones hold
-less, and are compared on what they have.
+A manifest or a block's report holds `data`: name and class names, `spec` (what a model must know of
+the data: classes, sizes, scaling) and `train` and `test` (number and digest of the samples). Older
+ones hold less, and are compared on what they have.
 """
 
 from collections.abc import Iterator, Mapping

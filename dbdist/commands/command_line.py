@@ -58,8 +58,11 @@ def guarded(
     run: Callable[[], None],
     interrupted: str = "the same command continues from the newest checkpoint",
 ) -> None:
-    """Runs a command; a UserError ends it with one line and exit code 2, a Fault with 1, Ctrl-C
-    with 130 and a line that says `interrupted`."""
+    """Runs a command and turns its errors into one line and an exit code.
+
+    A UserError ends it with exit code 2, a Fault with 1, Ctrl-C with 130 and a line that says
+    `interrupted`.
+    """
     print_anything()
     path = error_file()
     if path is not None:

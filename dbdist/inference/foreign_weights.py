@@ -1,4 +1,4 @@
-"""Weights files as other programs write them: unpacked, and freed of their wrappers and prefixes.
+"""Reads weights files as other programs write them, without their wrappers and prefixes.
 
 Lightning, DDP, torch.compile, timm and plain torch.save put the same tensors under other names.
 Nothing in a file is executed: a class that torch does not know is replaced by an empty one.

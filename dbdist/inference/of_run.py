@@ -104,8 +104,12 @@ def _write(config: Config, evaluation: Evaluation) -> str:
 
 
 def checkpoint_of_run(config: Config, topology: Topology, model: Mapping[str, Any]) -> Checkpoint:
-    """`eval.step`, or the newest (with `checkpoint.fallback` the newest intact); what this rank
-    needs of it is intact. model: what it must agree with. Collective. Raises CheckpointError."""
+    """Returns the checkpoint of `eval.step`, or the newest one. Collective.
+
+    With `checkpoint.fallback` it is the newest intact one. What this rank needs of it is intact.
+    model:
+    what it must agree with. Raises CheckpointError.
+    """
     run_dir = Path(config.run_dir)
     blocks = range(config.num_blocks)
     if topology.world_size > 1:

@@ -279,7 +279,7 @@ ANCHOR = "vit.embeddings.patch_embeddings.projection.weight"
 def _read(
     source: str | PathLike[str] | Mapping[str, Tensor],
 ) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """Returns a name for messages, the model's tensors by their own names, and sizes beside them.
+    """Returns a name for messages, the model's tensors by their names, and sizes beside them.
 
     Says what else the file holds and is not read.
     """

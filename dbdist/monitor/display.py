@@ -1,4 +1,4 @@
-"""How far each block is, on the console: live bars on a terminal, now and then a line elsewhere."""
+"""How far each block is, on the console: live bars on a terminal, else a line now and then."""
 
 import math
 import re

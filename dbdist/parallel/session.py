@@ -125,8 +125,12 @@ def _is_of_connection(error: Exception) -> bool:
 def hearing_signals(
     topology: Topology, say: Callable[[str], None] | None, grace_s: float
 ) -> Iterator[None]:
-    """Signals ask all ranks to stop after a common step. say: shows a line; None leaves signals
-    alone. grace_s: what this rank gets to save its own work once another is stuck."""
+    """Lets signals ask all ranks to stop after a common step.
+
+    say: shows a line; None leaves signals to others. grace_s: the time that this rank gets to save
+    its
+    own work once another is stuck.
+    """
     if say is None or threading.current_thread() is not threading.main_thread():
         yield
         return

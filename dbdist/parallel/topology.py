@@ -1,6 +1,6 @@
-"""Which rank does what: the map rank <-> (block, replica, coordinator) and the process groups.
+"""Which rank does what: the map rank <-> (block, replica, coordinator), the process groups.
 
-Built once from what the launcher told (`launch`), and passed around. World = blocks x replicas,
+Built once from what the launcher said (`launch`), and passed around. World = blocks x replicas,
 plus one with a dedicated coordinator; rank 0 is always the coordinator. The copies of a block,
 which talk most, are on one node where they fit.
 """
@@ -93,11 +93,11 @@ class Topology:
 
     @contextmanager
     def agree(self, what: str | None = None) -> Iterator[None]:
-        """A step of set-up that may fail on some ranks: if it does, all leave it with the same
-        UserError. Collective.
+        """Makes all ranks leave a step of set-up with the same UserError if some fail. Collective.
 
         what: named in the error together with the rank, where only some ranks fail; None for what
-        one rank does for all."""
+        one rank does for all.
+        """
         error: UserError | None = None
         self.watch.at(what or "set-up")
         try:
@@ -129,8 +129,7 @@ class Topology:
         return values
 
     def check_agreement(self, facts: Facts) -> None:
-        """Raises TopologyError, on all ranks, where facts that several of them have differ.
-        Collective."""
+        """Raises TopologyError, on all ranks, where facts of several of them differ. Collective."""
         if self.store is not None:
             with self.watch.waiting():
                 check_agreement(facts, self.world_size)
@@ -187,8 +186,11 @@ class Topology:
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.device:
-    """This rank's device: its own GPU among the visible ones, shared where there are fewer.
-    Raises ConfigError for cuda without a GPU."""
+    """Returns this rank's device.
+
+    That is its own GPU among the visible ones, shared where there are fewer. Raises ConfigError
+    for cuda without a GPU.
+    """
     has_gpu = torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
         raise ConfigError("device is cuda, but torch finds no GPU here; use device auto or cpu")
@@ -277,8 +279,12 @@ def _keep_to_the_loopback_interface() -> None:
 
 
 def _every_rank_has_its_own_gpu(device: torch.device | None, world_size: int) -> bool:
-    """Whether NCCL can connect all ranks: it refuses two on one GPU. The GPUs' own names tell, not
-    their number: one launcher shows each process its GPU, another all of them. Collective."""
+    """Says whether NCCL can connect all ranks, as it refuses two on one GPU. Collective.
+
+    The GPUs' own names decide, not their number: one launcher shows each process its GPU, another
+    all
+    of them.
+    """
     own = None
     if device is not None:
         own = f"{socket.gethostname()}/{torch.cuda.get_device_properties(device).uuid}"

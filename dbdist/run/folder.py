@@ -46,8 +46,10 @@ MAY_CHANGE = (
 
 
 def read_config(run_dir: Path) -> Config | None:
-    """The configuration in RUN/config.yaml; None without one. Raises ConfigError for a damaged
-    one."""
+    """Returns the configuration in RUN/config.yaml; None without one.
+
+    Raises ConfigError for a damaged one.
+    """
     path = run_dir / "config.yaml"
     try:
         if not path.is_file():
@@ -60,9 +62,13 @@ def read_config(run_dir: Path) -> Config | None:
 
 
 def check_run_dir(config: Config) -> None:
-    """Raises CheckpointError if there is something to continue against `checkpoint.resume`, or a
-    ConfigError that names the first key that differs if the run directory holds a run of another
-    configuration; nothing is changed, and no data is needed."""
+    """Raises an error if this configuration may not continue what the run directory holds.
+
+    It is a CheckpointError if there is something to continue against `checkpoint.resume`, a
+    ConfigError
+    that names the first key that differs if the run is one of another configuration. Nothing is
+    changed, and no data is needed.
+    """
     run_dir, blocks = Path(config.run_dir), config.trained_blocks
     steps = [step_of(path) for path in saved_folders(run_dir / "checkpoints", blocks)]
     if config.checkpoint.resume is True and not steps:

@@ -1,9 +1,9 @@
-"""Who trains which block in a run directory: two jobs that write the same files would leave a
-mixture of both.
+"""Who trains which block in a run directory.
 
-RUN/.lock has a record for each block, which the block's first replica locks and signs. The kernel
-gives a lock back when its process ends, however that happens; data workers do not inherit it. The
-file is never removed: somebody may wait for it.
+Two jobs that write the same files would leave a mixture of both. RUN/.lock has a record for each
+block, which the block's first replica locks and signs. The kernel gives a lock back when its
+process ends, however that happens; data workers do not inherit it. The file is never removed:
+somebody may wait for it.
 """
 
 import errno
@@ -28,9 +28,11 @@ PATIENCE_ELSEWHERE_S = 100.0
 
 @contextmanager
 def sole_trainer(run_dir: Path, blocks: Sequence[int], timeout_s: float) -> Iterator[None]:
-    """Keeps others from training these blocks here; makes the folder. Raises ConfigError, naming
-    who does, if they are not free soon, at the latest after timeout_s. Without effect where the
-    file system has no locks."""
+    """Keeps others from training these blocks here; makes the folder.
+
+    Raises ConfigError, naming who does, if they are not free soon, at the latest after timeout_s.
+    Without effect where the file system has no locks.
+    """
     if not blocks:
         yield
         return

@@ -1,5 +1,7 @@
-"""When numbers go wrong: what is kept of a step whose loss or gradient is not finite, and losses
-that jump. Does not communicate."""
+"""When numbers go wrong: what is kept of a step that is not finite, and losses that jump.
+
+Does not communicate.
+"""
 
 import math
 from collections import deque
@@ -81,8 +83,11 @@ class LossSpikes:
         self._recent: deque[float] = deque(maxlen=WINDOW)
 
     def add(self, loss: float) -> str | None:
-        """What is odd about this loss: more than six standard deviations above the mean of the last
-        100 steps, and twice as high. None before there are 30."""
+        """Returns what is odd about this loss; None before there are 30.
+
+        Odd is more than six standard deviations above the mean of the last 100 steps, and twice as
+        high.
+        """
         told = None
         if len(self._recent) >= WARM_UP:
             mean, deviation = fmean(self._recent), pstdev(self._recent)

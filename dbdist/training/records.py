@@ -1,4 +1,4 @@
-"""What a run records on the way: sums over the steps since the last record, brought to rank 0.
+"""What a run records: sums over the steps since the last record, brought to rank 0.
 
 The trainer adds steps; on rank 0 the records of all ranks arrive at the monitor.
 """
@@ -106,8 +106,10 @@ class Records:
             self._mailbox.post({"warning": text, "place": log.place()})
 
     def measure(self, step: int) -> dict[str, float]:
-        """This rank's scalars since the last record; none for the same step again. Collective among
-        the replicas of a block."""
+        """Returns this rank's scalars since the last record; none for the same step again.
+
+        Collective among the replicas of a block.
+        """
         rank, marks, meter = self.topology.rank, self._marks, self.topology.meter
         if step == marks.step:  # it has been recorded
             return {}

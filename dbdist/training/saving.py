@@ -23,8 +23,11 @@ class Saving:
         start_step: int,
         is_recorded: Callable[[int], bool],
     ) -> None:
-        """about: what the manifest says of a step beside its files. is_recorded: see
-        `CheckpointWriter`."""
+        """Keeps what every save of this rank needs.
+
+        about: what the manifest says of a step beside its files. is_recorded: see
+        `CheckpointWriter`.
+        """
         self._config, self._topology, self._state = config, topology, state
         self._about, self._start_step = about, start_step
         self.own_blocks = [owned.index for owned in state.blocks]

@@ -254,9 +254,13 @@ def open_monitor(run: Run, held: ExitStack) -> Monitor | None:
 def check_not_ahead(
     config: Config, checkpoint: Checkpoint | None, damaged: Collection[Path]
 ) -> None:
-    """Raises ConfigError where blocks have trained by themselves beyond the step from which a joint
-    run of `sync: every` would start: it would replace what they did. (With `never` it would come to
-    the same.) damaged: folders that do not count."""
+    """Raises ConfigError where a joint run would replace what blocks did by themselves.
+
+    With `sync: every` that is where blocks have trained by themselves beyond the step from which
+    the
+    joint run would start. (With `never` it would come to the same.) damaged: folders that do not
+    count.
+    """
     start = checkpoint.step if checkpoint else 0
     if config.shared != "averaged":
         return
