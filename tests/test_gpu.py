@@ -46,6 +46,7 @@ def prepare_device():
 def own_world():
     """One rank whose copies of the block talk over NCCL: to itself."""
     dist.set_debug_level(dist.DebugLevel.OFF)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     device, store = choose_device(DEVICE, 0), dist.HashStore()
     backend = None
     if device.type == "cuda":
@@ -187,7 +188,7 @@ def test_every_task_and_engine_trains_over_nccl_as_on_the_cpu(
 ):
     words = options(tmp_path, DEVICE, *ONE_BLOCK, f"task.name={task}")
     words.append(f"parallel.replica_engine={engine}")
-    losses, figures, devices, _ = ranks.run(1, train_over_nccl, words, timeout_s=90)[0]
+    losses, figures, devices, _ = ranks.run(1, train_over_nccl, words, timeout_s=60)[0]
     expected, expected_figures = reference(task)
     assert losses == pytest.approx(expected, rel=1e-4)
     assert devices == {DEVICE}
@@ -198,7 +199,7 @@ def test_every_task_and_engine_trains_over_nccl_as_on_the_cpu(
 def test_bf16_computes_in_half_precision_and_keeps_full_weights(ranks, reference, tmp_path, engine):
     words = options(tmp_path, DEVICE, *ONE_BLOCK, "train.precision=bf16")
     words.append(f"parallel.replica_engine={engine}")
-    losses, _, _, dtypes = ranks.run(1, train_over_nccl, words, timeout_s=90)[0]
+    losses, _, _, dtypes = ranks.run(1, train_over_nccl, words, timeout_s=60)[0]
     expected, _ = reference("classification")
     assert losses == pytest.approx(expected, rel=0.05)
     assert losses != pytest.approx(expected, rel=1e-6)

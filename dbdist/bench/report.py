@@ -73,7 +73,7 @@ def markdown(content: dict[str, Any]) -> str:
         text = "Training steps in milliseconds; phases are means of further steps that wait for "
         text += "the GPU after each phase."
         sections += ["## Steps", text, steps_table(content["steps"])]
-        commands = "\n".join(f"    {step['command']}" for step in content["steps"])
+        commands = "\n".join(f"{n}. `{s['command']}`" for n, s in enumerate(content["steps"], 1))
         sections += [commands]
     for saving in content["saving"]:
         numbers = {k: v for k, v in saving.items() if isinstance(v, float)}
@@ -84,10 +84,27 @@ def markdown(content: dict[str, Any]) -> str:
 
 def steps_table(steps: Sequence[dict[str, Any]]) -> str:
     """One row a measurement."""
-    head = ["mode", "precision", "batch", "workers", "step", "p10", "p90", "samples/s", "peak MiB"]
+    head = [
+        "",
+        "mode",
+        "precision",
+        "batch",
+        "workers",
+        "step",
+        "p10",
+        "p90",
+        "samples/s",
+        "peak MiB",
+    ]
     rows = []
-    for s in steps:
-        words = [s["mode"], s["precision"], str(s["batch_size"]), str(s["num_workers"])]
+    for number, s in enumerate(steps, 1):
+        words = [
+            str(number),
+            s["mode"],
+            s["precision"],
+            str(s["batch_size"]),
+            str(s["num_workers"]),
+        ]
         times = [f"{s[key]:.2f}" for key in ("step_ms", "step_ms_p10", "step_ms_p90")]
         phases = [f"{s['ms'][phase]:.2f}" for phase in PHASES]
         rows.append([*words, *times, f"{s['samples_per_s']:.0f}", f"{s['peak_mb']:.0f}", *phases])
