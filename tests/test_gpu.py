@@ -230,7 +230,7 @@ def save_rank(rank, options):
     """Saves what lies on the device; (where that is, names that differ in the files)."""
     config = config_of(*options)
     trainer = trainer_of(config, topology_of(rank, config))
-    trainer.fit(None)
+    trainer.fit()
     checkpoint = find_checkpoint(Path(config.run_dir))
     files = files_of(trainer.state)
     devices = {t.device.type for tensors in files.values() for t in tensors.values() if t.ndim}
