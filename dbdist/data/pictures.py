@@ -1,4 +1,4 @@
-"""One picture file to pixels, as a viewer shows it: upright, opaque and with 8 bits a channel.
+"""Reads picture files as a viewer shows them: upright, opaque, with 8 bits a channel.
 
 The pixels are those of the first frame. A picture whose meaning is not certain is refused by name.
 """
@@ -75,8 +75,10 @@ def read_picture(path: Path, size: int) -> UInt8[Tensor, "c h w"]:
 
 
 class NotShowable(ValueError):
-    """A picture whose pixels have no certain meaning as brightness: the message goes on after its
-    name."""
+    """The pixels of a picture have no certain meaning as brightness.
+
+    The message goes on after the picture's name.
+    """
 
 
 def as_shown(image: Any) -> Any:
