@@ -29,6 +29,9 @@ POLL_S = 1.0
 """How often it is asked whether they are."""
 NO_SHARED_MEMORY, NO_FILES, UNSENT = 70, 71, 72
 """Exit codes of a worker that could not send its batch."""
+ADVICE = "; `dbdist check-data` lists all such files, data.on_error skip replaces them"
+_SHOWN: set[str] = set()
+"""Notes that need not be shown again."""
 _LOG = logging.getLogger("dbdist.data")
 
 
@@ -56,7 +59,7 @@ def load_batches(
         for batch, damage, replaced in items:
             notes.show(replaced)
             if damage is not None:
-                raise DataError(damage)
+                raise DataError(f"{damage}{ADVICE if isinstance(dataset, TakesNotes) else ''}")
             if pin_memory and num_workers == 0:
                 batch = {name: values.pin_memory() for name, values in batch.items()}
             yield batch
@@ -90,7 +93,7 @@ class _Samples:
 
 
 class _Notes:
-    """Shows each note once, and counts them."""
+    """Shows each note once in this process, and counts those of one stream."""
 
     def __init__(self) -> None:
         self._seen: set[str] = set()
@@ -98,16 +101,16 @@ class _Notes:
 
     def show(self, notes: list[str]) -> None:
         self._count += len(notes)
+        self._seen.update(notes)
         for note in notes:
-            if note not in self._seen:
-                self._seen.add(note)
+            if note not in _SHOWN:
+                _SHOWN.add(note)
                 _LOG.warning(note)
 
     def sum_up(self) -> None:
-        if self._count > len(self._seen):
-            _LOG.warning(
-                f"{self._count} samples were replaced because {len(self._seen)} files are damaged"
-            )
+        if self._count:
+            files = "1 file is" if len(self._seen) == 1 else f"{len(self._seen)} files are"
+            _LOG.warning(f"samples replaced: {self._count}, because {files} damaged")
         self._count = 0
 
 

@@ -166,10 +166,13 @@ def test_damaged_pictures_are_replaced_the_same_way_by_any_workers_and_named_onc
     seen = []
     for num_workers in (0, 1, 2):
         caplog.clear()
+        monkeypatch.setattr(module, "_SHOWN", set())
         batches = list(load_batches(load_dataset(data, "train"), KEYS, num_workers))
         seen.append(torch.cat([batch["image"] for batch in batches]))
         named, count = (record.getMessage() for record in caplog.records)
         assert named.startswith(f"{path} is not a readable image")
         assert named.endswith("takes its place")
-        assert count == "4 samples were replaced because 1 files are damaged"
+        assert count == "samples replaced: 4, because 1 file is damaged"
+    list(load_batches(load_dataset(data, "train"), KEYS, 0))
+    assert sum("takes its place" in record.getMessage() for record in caplog.records) == 1
     assert all(torch.equal(seen[0], other) for other in seen)
