@@ -67,7 +67,7 @@ def _in_order(pixels: Shaped[Tensor, "..."], spec: DatasetSpec) -> Tensor:
 
 def _in_range(pixels: Tensor, spec: DatasetSpec) -> Tensor:
     """Floats of the data set's own range, brought to [0, 1]; warns of odd scales."""
-    if pixels.numel() == 0:
+    if pixels.numel() == 0 or not (pixels.is_floating_point() or pixels.dtype == torch.uint8):
         return pixels
     highest = float(pixels.max())
     if pixels.is_floating_point() and float(pixels.min()) >= 0:

@@ -80,6 +80,7 @@ def test_almost_black_images_are_warned_of():
         np.full((1, 3, 32, 32), np.nan),
         RANDOM.standard_normal((1, 3, 32, 32)),
         RANDOM.integers(0, 256, (1, 3, 32, 32)),
+        np.zeros((1, 3, 32, 32), np.uint16),
         np.full((1, 3, 32, 32), 300.0),
         np.full((1, 3, 32, 32), 5.0),
         np.zeros((1, 3, 16, 16)),
@@ -87,7 +88,7 @@ def test_almost_black_images_are_warned_of():
         [np.zeros((3, 32, 32)), "x"],
         object(),
     ],
-    ids="nan negative int64 300 5 size bool mixed object".split(),
+    ids="nan negative int64 uint16 300 5 size bool mixed object".split(),
 )
 def test_what_has_no_certain_meaning_is_refused_in_one_sentence(images):
     with pytest.raises(ValueError, match=r".") as caught:
