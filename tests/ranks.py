@@ -115,6 +115,7 @@ class RankPool:
 def serve(pipe: Connection) -> None:
     """Runs what the pool sends, in one of its processes."""
     torch.set_num_threads(1)
+    linear = torch.nn.functional.linear
     while True:
         try:
             sys.path, task = pipe.recv()
@@ -122,6 +123,8 @@ def serve(pipe: Connection) -> None:
             return
         try:
             torch.set_default_dtype(torch.float32)
+            # DeepSpeed's stage 3 replaces it for the whole process, and with it the order of sums.
+            torch.nn.functional.linear = linear
             function, args, rank, world_size, path = pickle.loads(task)
             log.share_terminal(None)
             answer = True, function(Rank(rank, world_size, path), *args)

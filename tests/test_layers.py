@@ -12,7 +12,7 @@ SOURCES = {
     for path in ROOT.rglob("*.py")
 }
 LEVELS: list[set[str]] = [
-    {"errors", "seeds", "version", "older_names", "whole_files", "log"},
+    {"errors", "seeds", "version", "older_names", "whole_files", "log", "tensors"},
     {"config"},
     {"data", "models", "processes"},
     {"tasks", "build"},

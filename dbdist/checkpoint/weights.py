@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -9,7 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dbdist.errors import CheckpointError
+from dbdist.tensors import named_tensors
 from dbdist.whole_files import check_file
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -27,18 +31,28 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Copies weights into the module by name. Raises CheckpointError where they do not fit."""
-    check_weights({name: p.shape for name, p in module.named_parameters()}, weights, source)
+    """Copies weights into the module's parameters and buffers by name. Raises CheckpointError where
+    they do not fit."""
+    own = named_tensors(module)
+    check_weights(own, weights, source)
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(weights[name])
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
 
 
-def check_weights(
-    own: Mapping[str, torch.Size], weights: Mapping[str, Tensor], source: Path
-) -> None:
-    """Raises CheckpointError where names or shapes differ from a module's own, or a tensor does not
-    hold floating-point numbers."""
+def in_precision_of(weights: Mapping[str, Tensor], module: M) -> M:
+    """The module in the precision of these weights, if both have one: in float64 for those of a run
+    that computed in it. A module of several dtypes keeps them."""
+    own, given = (
+        {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+        for tensors in (named_tensors(module), weights)
+    )
+    return module.to(given.pop()) if len(own) == len(given) == 1 else module
+
+
+def check_weights(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: Path) -> None:
+    """Raises CheckpointError where names or shapes differ from a module's own tensors, or numbers
+    of a tensor are of another kind: floating-point or not."""
     for problem, names in (
         ("lacks", own.keys() - weights.keys()),
         ("has a foreign", weights.keys() - own.keys()),
@@ -46,13 +60,18 @@ def check_weights(
         if names:
             name = " ".join(min(names)[:100].split())
             raise CheckpointError(f"{source} {problem} tensor {name}: it belongs to another model")
-    for name, shape in own.items():
-        if not weights[name].is_floating_point():
+    for name, tensor in own.items():
+        value = weights[name]
+        if tensor.is_floating_point() and not value.is_floating_point():
             raise CheckpointError(
-                f"{source}: {name} is {weights[name].dtype}; weights are floating-point numbers"
+                f"{source}: {name} is {value.dtype}; weights are floating-point numbers"
             )
-        if shape != weights[name].shape:
+        if not tensor.is_floating_point() and value.dtype != tensor.dtype:
             raise CheckpointError(
-                f"{source}: {name} has shape {list(weights[name].shape)}, the model needs "
-                f"{list(shape)}"
+                f"{source}: {name} is {value.dtype}, the model needs {tensor.dtype}"
+            )
+        if tensor.shape != value.shape:
+            raise CheckpointError(
+                f"{source}: {name} has shape {list(value.shape)}, the model needs "
+                f"{list(tensor.shape)}"
             )

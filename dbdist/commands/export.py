@@ -1,12 +1,8 @@
 """Writes a run's model as one model.safetensors + config.json, for `dbdist.load(OUT)`.
 
-<<<<<<< HEAD
     dbdist export RUN OUT
 
 The data's files are not needed.
-=======
-dbdist export RUN OUT
->>>>>>> b83cc6a (GPU: the report may be given the commit)
 """
 
 import sys

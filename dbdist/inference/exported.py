@@ -22,11 +22,12 @@ from dbdist.config import registry
 from dbdist.config.config import Config
 from dbdist.errors import CheckpointError, UserError
 from dbdist.inference.older import upgraded_export
-from dbdist.models.base import build_block, build_shared, materialise, named_tensors
+from dbdist.models.base import build_block, build_shared, materialise
 from dbdist.models.denoiser import Denoiser
 from dbdist.processes.partition import Steps
 from dbdist.sampling.sampler import Rows, Sampler, build_sampler
 from dbdist.tasks.base import Batch, Task
+from dbdist.tensors import named_tensors
 from dbdist.whole_files import read_file, write_json
 
 FORMAT = "dbdist-model"
@@ -195,7 +196,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
         _check_extent(description, weights)
         # Without memory first: the weights say how much a description may ask for.
         empty = description.build(torch.device("meta"), dtype)
-        own = {name: t.shape for name, t in named_tensors(empty).items()}
+        own = named_tensors(empty)
         named = network_weights(own, weights)
     except (UserError, *_WRONG_VALUES) as error:
         raise CheckpointError(

@@ -9,7 +9,7 @@ from torch import Tensor
 from dbdist.build import Setup
 from dbdist.checkpoint.manifest import Checkpoint
 from dbdist.checkpoint.names import SHARED, block_file, ema_file, split_private
-from dbdist.checkpoint.weights import fill
+from dbdist.checkpoint.weights import fill, in_precision_of
 from dbdist.config import registry
 from dbdist.config.config import Config
 from dbdist.data.sources import dataset_spec
@@ -23,8 +23,7 @@ def load_block(setup: Setup, checkpoint: Checkpoint, block: int, device: torch.d
     """
     layers, shared, source = _weights(checkpoint, block)
     modules, module = setup.shared(None, device), setup.block(block, None, device)
-    dtype = next(t.dtype for t in layers.values() if t.is_floating_point())
-    model = setup.denoiser(modules.to(dtype), module.to(dtype))
+    model = setup.denoiser(in_precision_of(shared, modules), in_precision_of(layers, module))
     fill(module, layers, checkpoint.path / block_file(block))
     fill(modules, shared, checkpoint.path / source)
     return model.eval()

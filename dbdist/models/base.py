@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dbdist.models.empty import to_empty
 from dbdist.processes.base import Combine
+from dbdist.tensors import fill_all
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -99,23 +100,6 @@ def materialise(
     if weights is not None:
         fill_all(module, weights)
     return module
-
-
-@torch.no_grad()
-def fill_all(module: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Copies a value into every parameter and buffer; ValueError where one has none."""
-    wanted = named_tensors(module)
-    for name, value in weights:
-        wanted.pop(name).copy_(value)
-    if wanted:
-        raise ValueError(f"the model gives no initial value for {', '.join(sorted(wanted))}")
-
-
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, tied ones once, sharing their memory."""
-    found: dict[str, Tensor] = {name: p.detach() for name, p in module.named_parameters()}
-    saved = module.state_dict(keep_vars=True).keys()
-    return found | {name: b for name, b in module.named_buffers() if name in saved}
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -1,5 +1,8 @@
-"""One flat buffer for a fixed, sorted list of tensors, and the check that all ranks mean the same
-list."""
+"""Named tensors end to end in one vector, so that one message carries them all.
+
+Tensors may live there: then nothing is packed or unpacked. Where the wire cannot reach the tensors'
+device (gloo and a GPU), the vector has one copy in host memory.
+"""
 
 import hashlib
 import json
@@ -13,50 +16,84 @@ from dbdist.parallel.topology import Topology
 
 
 class FlatBuffer:
-    """Packs named tensors into one contiguous vector on the wire's device, in sorted order of
-    names."""
+    """Named tensors end to end: dtype after dtype, each in order of names; tensors of odd sizes
+    come last, so that the others stay aligned in memory.
+
+    Of no tensors it holds one number without a name, because an empty message is none.
+    """
 
     def __init__(
-        self, like: Mapping[str, Tensor], device: torch.device, multiple_of: int = 1
+        self,
+        like: Mapping[str, Tensor],
+        device: torch.device,
+        wire_device: torch.device | None = None,
+        multiple_of: int = 1,
     ) -> None:
-        """multiple_of: what the number of elements is filled up to with zeros."""
-        # Order matters: every rank walks the same sorted names.
-        self.layout = [(name, like[name].shape, like[name].dtype) for name in sorted(like)]
-        dtypes = {dtype for _, _, dtype in self.layout}
-        assert len(dtypes) == 1, f"one dtype, not {dtypes}"
-        size = sum(shape.numel() for _, shape, _ in self.layout)
-        size += -size % multiple_of
-        self.data = torch.zeros(size, dtype=dtypes.pop(), device=device)
+        """like: tensors of the same names, shapes and dtypes. wire_device: None: the same device.
+        multiple_of: what each dtype's number of elements is filled up to."""
+        # Order matters: every rank walks the same names in the same order.
+        names = sorted(like, key=lambda name: (like[name].numel() % 16 > 0, name))
+        self.layout = [(name, like[name].shape, like[name].dtype) for name in names]
+        dtypes = {dtype for _, _, dtype in self.layout} or {torch.float32}
+        self._ends: list[tuple[torch.dtype, int, int]] = []
+        end = 0
+        for dtype in sorted(dtypes, key=lambda dtype: (-dtype.itemsize, str(dtype))):
+            size = sum(shape.numel() for _, shape, own in self.layout if own == dtype) or 1
+            size += -size % multiple_of
+            self._ends.append((dtype, end, end + size * dtype.itemsize))
+            end += size * dtype.itemsize
+        self.data = torch.zeros(end, dtype=torch.uint8, device=device)
+        """All bytes, where the tensors are."""
+        self.wire = self.data
+        """All bytes, where messages begin and end."""
+        if wire_device not in (None, device):
+            self.wire = torch.zeros_like(self.data, device=wire_device, pin_memory=True)
+        self.segments = self.split(self.data)
+        """One vector for each dtype."""
         self.views: dict[str, Tensor] = {}
-        offset = 0
-        for name, shape, _ in self.layout:
-            self.views[name] = self.data[offset : offset + shape.numel()].view(shape)
-            offset += shape.numel()
+        for segment in self.segments:
+            offset = 0
+            for name, shape, dtype in self.layout:
+                if dtype == segment.dtype:
+                    self.views[name] = segment[offset : offset + shape.numel()].view(shape)
+                    offset += shape.numel()
 
     @property
     def num_bytes(self) -> int:
         return self.data.nbytes
 
+    def split(self, data: Tensor) -> list[Tensor]:
+        """Bytes in this buffer's form, as one vector for each dtype."""
+        return [data[start:end].view(dtype) for dtype, start, end in self._ends]
+
     @torch.no_grad()
-    def pack(self, tensors: Mapping[str, Tensor | None]) -> None:
-        """Copies tensors in; an absent one (a parameter without gradient) counts as zeros."""
-        parts = [tensors[name] for name, _, _ in self.layout]
-        device = next((part.device for part in parts if part is not None), self.data.device)
-        filled = [
-            torch.zeros(shape, dtype=dtype, device=device) if part is None else part
-            for part, (_, shape, dtype) in zip(parts, self.layout, strict=True)
-        ]
-        packed = torch.cat([part.reshape(-1) for part in filled])
-        self.data[: packed.numel()].copy_(packed)  # one transfer
+    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Moves tensors here: they keep their values and share this buffer's memory."""
+        for name, tensor in tensors.items():
+            self.views[name].copy_(tensor)
+            tensor.data = self.views[name]
+
+    def lift(self) -> None:
+        """Before a message leaves: brings the bytes to the wire."""
+        if self.wire is not self.data:
+            self.wire.copy_(self.data)
+
+    def land(self) -> None:
+        """After a message has arrived: brings the bytes back from the wire."""
+        if self.wire is not self.data:
+            self.data.copy_(self.wire)
+
+    @torch.no_grad()
+    def pack(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies tensors in, which live elsewhere."""
+        for name, view in self.views.items():
+            view.copy_(tensors[name])
 
     @torch.no_grad()
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies the buffer out into tensors of the same names."""
-        targets = [tensors[name] for name, _, _ in self.layout]
-        sizes = [target.numel() for target in targets]
-        data = self.data[: sum(sizes)].to(targets[0].device)  # one transfer
-        for target, part in zip(targets, data.split(sizes), strict=True):
-            target.copy_(part.view(target.shape))
+        for name, view in self.views.items():
+            tensors[name].copy_(view)
 
     def check_equal_on_all_ranks(self, topology: Topology, what: str) -> None:
         """Raises TopologyError, naming rank and tensor, unless all ranks have this layout.

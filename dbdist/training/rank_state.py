@@ -3,7 +3,7 @@ Built empty of everything that belongs to other ranks. `state_files` makes files
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from dbdist.build import Setup
 from dbdist.checkpoint.names import PREFIX
 from dbdist.config.config import Config
+from dbdist.errors import ConfigError
 from dbdist.models.base import Block
 from dbdist.models.denoiser import Denoiser
 from dbdist.monitor.ownership import Ownership
 from dbdist.parallel.agreement import digest_of, find_difference
-from dbdist.parallel.engines.ddp import Whole
-from dbdist.parallel.engines.engine import Engine, SharedGradients, check_engine, clip
+from dbdist.parallel.engines.ddp import Ddp
+from dbdist.parallel.engines.engine import Engine, check_engine, clip, num_bytes
 from dbdist.parallel.shared_sync import Averaged, Coordinated, Local, Sharded, SharedSync
+from dbdist.parallel.shared_tensors import SharedTensors, take_leaders_buffers
 from dbdist.parallel.topology import Topology
+from dbdist.tensors import buffers_of, form_of, named_tensors, trained_of
 from dbdist.training.adamw import AdamW
 from dbdist.training.ema import Ema
 
@@ -37,16 +40,21 @@ class OwnedBlock:
     """The training objective around it."""
     engine: Engine
     """The block among its replicas, and its optimizer."""
-    shapes: dict[str, torch.Size]
-    """Of the whole parameters, whatever part of them is here."""
+    form: dict[str, Tensor]
+    """Whole parameters and buffers without memory, whatever shard of them is here."""
 
     @property
     def num_parameters(self) -> int:
-        return sum(shape.numel() for shape in self.shapes.values())
+        return sum(self.form[name].numel() for name in self.parameters)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.module.named_parameters())
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are not frozen."""
+        return trained_of(self.module)
 
 
 class RankState:
@@ -66,25 +74,29 @@ class RankState:
         seed = None if is_empty else config.seed
         device = topology.device
         self.shared = setup.shared(seed, device)
+        fills = topology.world_size if config.shared == "sharded" else 1
+        self.shared_tensors = SharedTensors(topology, self.shared, fills)
         self.blocks: list[OwnedBlock] = []
         check_engine(config.parallel.replica_engine, topology)
         for index in indices:
-            module, engine, shapes = self._build_engine(index, seed)
+            module, engine, form = self._build_engine(index, seed)
             model = setup.denoiser(self.shared, engine.module)
             objective = setup.objective(model)
-            self.blocks.append(OwnedBlock(index, module, model, objective, engine, shapes))
+            self.blocks.append(OwnedBlock(index, module, model, objective, engine, form))
         self.sync = self._build_sync()
-        self._shared_gradients = SharedGradients(topology, self.shared_parameters)
+        self._is_settled = True
         self.ema: Ema | None = None
         is_bystander = config.has_copies and not self.blocks
         if config.train.ema_decay > 0 and not is_bystander:
-            self.ema = Ema(config.train.ema_decay, self.parameters)
+            of_shared = prefixed(self.shared_tensors.parameters)
+            of_blocks = {n: o.engine.shard(p) for o in self.blocks for n, p in o.trained.items()}
+            self.ema = Ema(config.train.ema_decay, {**of_shared, **of_blocks})
 
     @property
     def parameters(self) -> dict[str, Tensor]:
         """All that lies on this rank of all parameters, by name; shares their memory."""
         own = {
-            name: owned.engine.part(parameter)
+            name: owned.engine.shard(parameter)
             for owned in self.blocks
             for name, parameter in owned.parameters.items()
         }
@@ -107,7 +119,7 @@ class RankState:
     def zero_gradients(self, owned: OwnedBlock) -> None:
         """Before a step."""
         owned.engine.zero_grad()
-        self.shared.zero_grad()
+        self.shared_tensors.zero_gradients()
 
     def clip_gradients(self, owned: OwnedBlock, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Averages the shared gradients over the replicas and holds the global norm of block and
@@ -116,25 +128,52 @@ class RankState:
         Returns that norm before, and the factor that the block's step has still to apply. The norm
         is the same on all replicas, and not finite if any gradient, or any replica's loss, is not.
         """
-        some = next(p.grad for p in self.shared.parameters() if p.grad is not None)
-        with torch.no_grad():  # a loss that is not finite adds nan, which all replicas see
-            some[(0,) * some.ndim] += 0 * loss
-        self._shared_gradients.average()
-        return clip(owned.engine, self.shared.parameters(), self.config.train.clip_norm)
+        self.shared_tensors.note_loss(loss)
+        self.shared_tensors.average_gradients()
+        return clip(owned.engine, self.shared_tensors, self.config.train.clip_norm)
 
     def drop_gradients(self, owned: OwnedBlock) -> None:
         """Makes a step one that the block takes no part in: its shared gradients count as zeros."""
         owned.engine.skip()
-        for parameter in self.shared.parameters():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
+        self.shared_tensors.zero_gradients()
 
-    def describe_parameters(self) -> dict[str, list[int]]:
-        """Shape of every whole parameter, by `block 1: name`."""
-        found = {f"shared modules: {n}": list(p.shape) for n, p in self.shared_parameters.items()}
-        for owned in self.blocks:
-            found |= {f"block {owned.index}: {n}": list(s) for n, s in owned.shapes.items()}
-        return found
+    def step_shared(self, steps_done: int, is_skipped: bool = False) -> None:
+        """After `sync.begin`: the shared modules' step. Its result is here after `settle`."""
+        self.sync.step(steps_done, is_skipped)
+        self._is_settled = False
+
+    def settle(self) -> None:
+        """Ends a step: its shared modules are here, and averages follow. Once, before the next
+        forward pass or anything else that reads weights or clears gradients."""
+        if self._is_settled:
+            return
+        self._is_settled = True
+        self.sync.finish()
+        if self.ema:
+            self.ema.update()
+
+    def share_buffers(self) -> None:
+        """Gives every copy of a module its leader's buffers: of shared modules that all blocks have
+        in common, block 0's. Before anything is saved, scored or compared. Collective."""
+        topology, has_copies = self.topology, self.config.has_copies
+        shared = buffers_of(self.shared)
+        if not has_copies:
+            take_leaders_buffers(topology, shared, topology.layout.rank_of(0, 0))
+        if topology.replica_group is not None:
+            own = prefixed(shared) if has_copies else {}
+            for owned in self.blocks:
+                own |= buffers_of(owned.module)
+            take_leaders_buffers(topology, own, topology.copies[0], topology.replica_group)
+
+    def describe_parameters(self) -> dict[str, str]:
+        """Shape and dtype of every whole parameter and buffer, by `block 1: name`."""
+        forms = {"shared modules": form_of(self.shared)}
+        forms |= {f"block {owned.index}": owned.form for owned in self.blocks}
+        return {
+            f"{place}: {name}": f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+            for place, form in forms.items()
+            for name, t in form.items()
+        }
 
     def find_drift(self) -> str | None:
         """The first difference between weights that several ranks hold alike: copies of a block,
@@ -144,10 +183,10 @@ class RankState:
         ranks = range(topology.world_size) if is_common else topology.copies
         if len(ranks) == 1:
             return None
-        facts = {"shared modules": digest_of(self.shared_parameters)}
+        facts = {"shared modules": digest_of(named_tensors(self.shared))}
         for owned in self.blocks:
-            if owned.engine.is_whole:
-                facts[f"block {owned.index}"] = digest_of(owned.parameters)
+            if not owned.engine.split.weights:
+                facts[f"block {owned.index}"] = digest_of(named_tensors(owned.module))
         return find_difference(facts, ranks, None if is_common else topology.replica_group)
 
     def set_lr(self, progress: float, last_step: int) -> None:
@@ -171,10 +210,10 @@ class RankState:
         config, topology = self.config, self.topology
         own = sum(owned.num_parameters for owned in self.blocks)
         shared = sum(p.numel() for p in self.shared.parameters())
-        optimized = sum(owned.engine.num_optimized for owned in self.blocks)
+        stepped = sum(owned.engine.num_stepped_bytes for owned in self.blocks)
         if self.sync.optimizer is not None:
             groups = self.sync.optimizer.param_groups
-            optimized += sum(p.numel() for group in groups for p in group["params"])
+            stepped += num_bytes(p for group in groups for p in group["params"])
         layers = [i for owned in self.blocks for i in config.layers_of_block[owned.index]]
         levels = None
         partition = self.setup.process.partition
@@ -189,22 +228,27 @@ class RankState:
             levels=levels,
             parameters=own,
             shared_parameters=shared,
-            optimizer_bytes=2 * optimized * self.dtype.itemsize,
+            optimizer_bytes=2 * stepped,
             device=str(topology.device),
             owns_shared=topology.is_coordinator or isinstance(self.sync, Local),
         )
 
     def _build_engine(
         self, index: int, seed: int | None
-    ) -> tuple[Block, Engine, dict[str, torch.Size]]:
-        """A block, the engine of its replicas, and the shapes of its whole parameters. seed: None
-        leaves the weights empty."""
+    ) -> tuple[Block, Engine, dict[str, Tensor]]:
+        """A block, the engine of its replicas, and the form of its whole tensors. seed: None leaves
+        the weights empty."""
         config, topology = self.config, self.topology
         kind = config.parallel.replica_engine
         is_split = kind == "fsdp"  # from the start: the block is never whole on any rank
         place, own_seed = (torch.device("meta"), None) if is_split else (topology.device, seed)
         module = self.setup.block(index, own_seed, place)
-        shapes = {name: p.shape for name, p in module.named_parameters()}
+        form = form_of(module)
+        if not trained_of(module):
+            raise ConfigError(
+                f"block {index} has no parameter to train: the model freezes all of them; leave "
+                "some free"
+            )
         engine: Engine
         if kind == "fsdp":
             from dbdist.parallel.engines.fsdp import Fsdp
@@ -220,26 +264,31 @@ class RankState:
                 module, topology, self._adamw, settings(config, topology.layout.num_replicas)
             )
         else:
-            engine = Whole(module, topology, self._adamw)
-        return module, engine, shapes
+            engine = Ddp(module, topology, self._adamw)
+        return module, engine, form
 
     def _adamw(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         t = self.config.train
         is_deepspeed = self.config.parallel.replica_engine == "deepspeed"
         kind = torch.optim.AdamW if is_deepspeed else AdamW  # DeepSpeed refuses a subclass
-        return kind(parameters, t.lr, t.betas, t.eps, weight_decay=t.weight_decay, fused=True)
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}  # engines want groups of one
+        for parameter in parameters:
+            by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        groups = [{"params": same} for same in by_dtype.values()]
+        return kind(groups, t.lr, t.betas, t.eps, weight_decay=t.weight_decay, fused=True)
 
     def _build_sync(self) -> SharedSync:
-        topology, kind = self.topology, self.config.shared
-        if kind == "sharded":
-            return Sharded(topology, self.shared, self._adamw)
+        topology, kind, shared = self.topology, self.config.shared, self.shared_tensors
+        if kind == "sharded" and shared.parameters:
+            return Sharded(topology, shared, self._adamw)
+        is_local = kind == "private" or not topology.layout.needs_coordinator
+        steps = self.blocks if kind == "averaged" else is_local or topology.is_coordinator
+        optimizer = self._adamw(shared.parameters.values()) if steps and shared.parameters else None
         if kind == "averaged":
-            optimizer = self._adamw(self.shared.parameters()) if self.blocks else None
-            return Averaged(topology, self.shared, optimizer, self.config.parallel)
-        if kind == "private" or not topology.layout.needs_coordinator:
-            return Local(self._adamw(self.shared.parameters()))
-        optimizer = self._adamw(self.shared.parameters()) if topology.is_coordinator else None
-        return Coordinated(topology, self.shared, optimizer)
+            return Averaged(topology, shared, optimizer, self.config.parallel)
+        if is_local or not shared.parameters:
+            return Local(optimizer)
+        return Coordinated(topology, shared, optimizer)
 
 
 def own_blocks(config: Config, topology: Topology) -> list[int]:
@@ -250,5 +299,5 @@ def own_blocks(config: Config, topology: Topology) -> list[int]:
     return [] if topology.block is None else [named[topology.block]]
 
 
-def prefixed(tensors: dict[str, Any]) -> dict[str, Any]:
+def prefixed(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {PREFIX + name: tensor for name, tensor in tensors.items()}

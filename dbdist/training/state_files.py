@@ -3,6 +3,7 @@
 Files hold whole tensors by block and parameter name, so any topology reads what any other wrote.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from dbdist.errors import CheckpointError
 from dbdist.parallel.optimizer_state import (
     ADAMW,
     SGD,
+    State,
     check_state,
     flatten,
     load_state,
@@ -32,6 +34,7 @@ from dbdist.parallel.optimizer_state import (
 )
 from dbdist.parallel.shared_sync import Averaged, Sharded, has_outer_step
 from dbdist.parallel.topology import Topology
+from dbdist.tensors import form_of, named_tensors
 from dbdist.training.rank_state import OwnedBlock, RankState, prefixed
 
 
@@ -39,12 +42,13 @@ def files_of(state: RankState) -> Files:
     """What this rank writes: its blocks if it is their first replica (with its copy of the
     shared modules if that is private), and on the coordinator the shared modules of all.
     Collective, where something is split among ranks."""
+    state.settle()
     files: dict[str, dict[str, Tensor]] = {}
     for owned in state.blocks:
         files.update(_block_files(state, owned))
     if not state.topology.is_leader:
         files = {}
-    sync, shared = state.sync, state.shared_parameters
+    sync, shared = state.sync, state.shared_tensors.parameters
     shared_optimizer = optimizer_file(SHARED)
     if isinstance(sync, Sharded):  # collective
         files[shared_optimizer] = flatten(sync.optimizer_state())
@@ -52,36 +56,45 @@ def files_of(state: RankState) -> Files:
         files.pop(shared_optimizer, None)
         return files
     if isinstance(sync, Averaged):
-        files[SHARED] = {**sync.anchor}
+        files[SHARED] = named_tensors(state.shared) | sync.anchor
         if sync.outer is not None:
             files[shared_optimizer] = flatten(state_of(sync.outer, sync.anchor))
     elif not state.config.has_copies:
-        files[SHARED] = {**shared}
+        files[SHARED] = named_tensors(state.shared)
         if not isinstance(sync, Sharded):
-            assert sync.optimizer is not None
-            files[shared_optimizer] = flatten(state_of(sync.optimizer, shared))
+            files[shared_optimizer] = flatten(_shared_state(state))
         if state.ema:
-            files[ema_file(SHARED)] = {k: state.ema.averages[PREFIX + k] for k in shared}
+            files[ema_file(SHARED)] = named_tensors(state.shared) | {
+                name: state.ema.averages[PREFIX + name] for name in shared
+            }
     return files
 
 
 def _block_files(state: RankState, owned: OwnedBlock) -> dict[str, dict[str, Tensor]]:
-    name, engine, shared = block_file(owned.index), owned.engine, state.shared_parameters
-    files = {name: engine.weights()}
-    moments = flatten(engine.optimizer_state())
-    if state.ema:
-        files[ema_file(name)] = {
-            k: engine.whole(p, state.ema.averages[k]) for k, p in owned.parameters.items()
+    name, engine = block_file(owned.index), owned.engine
+    weights, moments = engine.weights(), flatten(engine.optimizer_state())
+    averages: dict[str, Tensor] = {}
+    if state.ema:  # what is not trained has none but its value
+        averages = weights | {
+            k: engine.whole(p, state.ema.averages[k]) for k, p in owned.trained.items()
         }
     if state.config.has_copies:
-        files[name] |= prefixed(shared)
-        if state.sync.optimizer is not None:
-            moments |= flatten(state_of(state.sync.optimizer, shared), PREFIX)
+        shared = prefixed(named_tensors(state.shared))
+        weights |= shared
+        moments |= flatten(_shared_state(state), PREFIX)
         if state.ema:
-            own = {k: state.ema.averages[k] for k in prefixed(shared)}
-            files[ema_file(name)] |= own
-    files[optimizer_file(name)] = moments
+            of_shared = prefixed(state.shared_tensors.parameters)
+            averages |= shared | {k: state.ema.averages[k] for k in of_shared}
+    files = {name: weights, optimizer_file(name): moments}
+    if state.ema:
+        files[ema_file(name)] = averages
     return files
+
+
+def _shared_state(state: RankState) -> State:
+    """Of this rank's own optimizer of the shared modules; empty where nothing is trained."""
+    optimizer = state.sync.optimizer
+    return {} if optimizer is None else state_of(optimizer, state.shared_tensors.parameters)
 
 
 def restore(state: RankState, checkpoint: Checkpoint) -> None:
@@ -98,26 +111,23 @@ def restore(state: RankState, checkpoint: Checkpoint) -> None:
             read[SHARED] = mean_shared(checkpoint, state.config.num_blocks)
         read |= {file: checkpoint.tensors(file) for file in needed}
         _check(state, checkpoint.path, read)
-    sync, shared = state.sync, state.shared_parameters
+    sync, shared = state.sync, state.shared_tensors.parameters
     shared_optimizer = optimizer_file(SHARED)
     if SHARED in read:
         fill(state.shared, read.pop(SHARED), checkpoint.path / SHARED)
     if isinstance(sync, Averaged):
-        with torch.no_grad():
-            for name, tensor in sync.anchor.items():
-                tensor.copy_(shared[name])
+        sync.take_over()
         if sync.outer is not None and shared_optimizer in read:
             load_state(sync.outer, sync.anchor, unflatten(read.pop(shared_optimizer)))
     elif shared_optimizer in read:
         moments = unflatten(read.pop(shared_optimizer))
         if isinstance(sync, Sharded):
-            sync.take_over()
             sync.set_optimizer_state(moments)
-        else:
-            assert sync.optimizer is not None
+        elif sync.optimizer is not None:
             load_state(sync.optimizer, shared, moments)
     if state.ema and ema_file(SHARED) in read:
-        state.ema.load(prefixed(read.pop(ema_file(SHARED))))
+        averages = read.pop(ema_file(SHARED))
+        state.ema.load(prefixed({name: averages[name] for name in shared}))
     for owned in state.blocks:
         _restore_block(state, checkpoint, owned, read)
 
@@ -125,24 +135,31 @@ def restore(state: RankState, checkpoint: Checkpoint) -> None:
 def _check(state: RankState, path: Path, read: Files) -> None:
     """Raises CheckpointError, naming file and tensor, unless the files hold what `restore` will
     take from them."""
-    own_shared = {name: p.shape for name, p in state.shared_parameters.items()}
+    shared = form_of(state.shared)
+    trained = _shapes(state.shared_tensors.parameters)
     kinds = SGD if isinstance(state.sync, Averaged) else ADAMW
-    together = own_shared if isinstance(state.sync, Sharded) else ()
+    together = trained if isinstance(state.sync, Sharded) else ()
     for file in (SHARED, ema_file(SHARED)):
         if file in read:
-            check_weights(own_shared, read[file], path / file)
+            check_weights(shared, read[file], path / file)
     if (file := optimizer_file(SHARED)) in read:
-        check_state(unflatten(read[file]), own_shared, kinds, path / file, together)
+        check_state(unflatten(read[file]), trained, kinds, path / file, together)
     is_zero = state.config.parallel.replica_engine == "deepspeed"
     for owned in state.blocks:
-        name, shapes = block_file(owned.index), dict(owned.shapes)
+        name, form = block_file(owned.index), dict(owned.form)
+        shapes = own = {k: form[k].shape for k in owned.trained}
         if state.config.has_copies:
-            shapes |= prefixed(own_shared)
+            form |= prefixed(shared)
+            shapes = own | prefixed(trained)
         for file in (name, ema_file(name)):
             if file in read:
-                check_weights(shapes, read[file], path / file)
-        file, together = optimizer_file(name), owned.shapes if is_zero else ()
+                check_weights(form, read[file], path / file)
+        file, together = optimizer_file(name), own if is_zero else ()
         check_state(unflatten(read[file]), shapes, ADAMW, path / file, together)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _restore_block(
@@ -150,19 +167,20 @@ def _restore_block(
 ) -> None:
     """read: what `_check` has accepted; the block's files are taken out of it."""
     name, engine = block_file(owned.index), owned.engine
-    if state.ema:  # through the weights: an engine knows how to split these
+    if state.ema:
         averages, private = split_private(read.pop(ema_file(name)))
-        engine.set_weights(averages.items())
-        state.ema.load({k: engine.part(p) for k, p in owned.parameters.items()})
-        state.ema.load(prefixed(private))
+        state.ema.load({k: engine.cut(p, averages[k]) for k, p in owned.trained.items()})
+        if state.config.has_copies:
+            state.ema.load(prefixed({k: private[k] for k in state.shared_tensors.parameters}))
     layers, private = split_private(read.pop(name))
     engine.set_weights(layers.items())
     tensors = read.pop(optimizer_file(name))
     engine.set_optimizer_state(unflatten(split_private(tensors)[0]))
     if state.config.has_copies:
         fill(state.shared, private, checkpoint.path / name)
-        assert state.sync.optimizer is not None
-        load_state(state.sync.optimizer, state.shared_parameters, unflatten(tensors, PREFIX))
+        if state.sync.optimizer is not None:
+            moments = unflatten(tensors, PREFIX)
+            load_state(state.sync.optimizer, state.shared_tensors.parameters, moments)
 
 
 def files_to_restore(
@@ -191,11 +209,21 @@ def files_to_restore(
 def mean_shared(checkpoint: Checkpoint, num_blocks: int) -> dict[str, Tensor]:
     """The mean of the blocks' own shared modules: the common parameters of blocks that were saved
     by themselves. Summed in block order, as `coordinator` does. Raises CheckpointError."""
+    first: dict[str, Tensor] = {}
     total: dict[str, Tensor] = {}
+    same: set[str] = set()
     for block in range(num_blocks):
         _, private = split_private(checkpoint.tensors(block_file(block)))
-        if total and total.keys() != private.keys():
+        if not first:
+            first, total, same = private, dict(private), set(private)
+            continue
+        if total.keys() != private.keys():
             path = checkpoint.path / block_file(block)
             raise CheckpointError(f"{path} has other shared modules than block 0's file")
-        total = {name: total[name] + t if total else t for name, t in private.items()}
-    return {name: tensor / num_blocks for name, tensor in total.items()}
+        same = {name for name in same if torch.equal(private[name], first[name])}
+        total = {name: tensor + private[name] for name, tensor in total.items()}
+    return {
+        # What is frozen, or counts, has no mean.
+        name: first[name] if name in same or not tensor.is_floating_point() else tensor / num_blocks
+        for name, tensor in total.items()
+    }

@@ -143,6 +143,7 @@ class Trainer:
 
     def evaluate(self, step: int) -> Evaluation:
         """The test set through the chain, with averaged weights if there are any. Collective."""
+        self._settle(is_read=True)
         models = {owned.index: owned.model for owned in self.state.blocks}
         ema = self.state.ema
         with ema.swapped() if ema else nullcontext():
@@ -171,6 +172,7 @@ class Trainer:
         with self._phase("noise"):
             draws = self._draws(trainee)
             self._seed_dropout(trainee)
+        self._settle()
         state.zero_gradients(owned)
         num_samples = len(next(iter(batch.values())))
         size = num_samples // parts
@@ -201,9 +203,7 @@ class Trainer:
                 self.records.note(trainee, done, loss_value, norm_value)
             trainee.steps_done += 1
         with self._phase("sync"):
-            state.sync.finish(trainee.steps_done, is_skipped=not is_finite)
-        if state.ema:
-            state.ema.update()
+            state.step_shared(trainee.steps_done, is_skipped=not is_finite)
         trainee.seconds += time.perf_counter() - start
 
     @contextmanager
@@ -212,7 +212,7 @@ class Trainer:
         topology = self.topology
         waits = name == "sync"
         if topology.layout.num_replicas > 1:
-            is_whole = all(owned.engine.is_whole for owned in self.state.blocks)
+            is_whole = not any(owned.engine.split.weights for owned in self.state.blocks)
             waits |= name in ("backward", "optimizer") or (name == "forward" and not is_whole)
         if topology.uses_nccl:  # a wait is queued, and shows where the host next asks for a number
             waits |= name != "load"
@@ -264,11 +264,18 @@ class Trainer:
         return {self.levels.name: torch.cat(done.level_N)} if self.levels else {}
 
     def _step_shared_alone(self, steps_done: int) -> None:
-        self.topology.watch.at("sync", waits=True)
-        self.state.sync.begin()
-        self.state.sync.finish(steps_done)
-        if self.state.ema:
-            self.state.ema.update()
+        self._settle()
+        with self._phase("sync"):
+            self.state.sync.begin()
+            self.state.step_shared(steps_done)
+
+    def _settle(self, *, is_read: bool = False) -> None:
+        """Waits for what the last step has left on its way. is_read: weights and buffers are about
+        to be saved, scored or compared; then collective."""
+        with self._phase("sync"):
+            self.state.settle()
+            if is_read:
+                self.state.share_buffers()
 
     def _next_batch(self, trainee: Trainee) -> dict[str, Tensor]:
         return to_device(next(trainee.batches), self.topology.device, self.state.dtype)
@@ -308,6 +315,8 @@ class Trainer:
         due = due_after(step, self.max_steps, self.config)
         if due.record:
             self._check_folder()
+        if due.check or due.save or step == self.max_steps:
+            self._settle(is_read=True)
         if due.check:
             self._compare_weights(step)
         if step == self.max_steps:
@@ -361,6 +370,7 @@ class Trainer:
 
     def _save_and_record(self, step: int) -> None:
         """Saves a step that all ranks stop after."""
+        self._settle(is_read=True)
         scalars = self.records.measure(step)
         self.saving.save(step)
         self.records.post(step, scalars, with_histograms=False)

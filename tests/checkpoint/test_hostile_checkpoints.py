@@ -43,7 +43,7 @@ def state_of(config, seed=0):
         parameter.grad = torch.full_like(parameter, 0.1 * (seed + 1))
     for owned in state.blocks:
         owned.engine.step(torch.tensor(1.0))
-    state.sync.finish(1)
+    state.sync.step(1)
     return state
 
 

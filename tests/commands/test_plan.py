@@ -12,7 +12,8 @@ import torch.distributed as dist
 from ranks import setup_of
 
 from dbdist.cli import main
-from dbdist.commands.plan import Cluster, Plan, place, run
+from dbdist.commands.placement import Cluster, Plan, place
+from dbdist.commands.plan import run
 from dbdist.config.parse import parse_config
 from dbdist.errors import ConfigError, TopologyError
 
@@ -273,7 +274,7 @@ def test_what_deepspeed_keeps_in_host_memory_is_told(capsys, tmp_path):
     ("options", "first", "other"),
     [
         (["parallel.coordinator=dedicated"], 4 * SHARED, 4 * BLOCK + 2 * SHARED),
-        (["parallel.coordinator=sharded"], *[4 * BLOCK + (2 + 4 / 3) * SHARED] * 2),
+        (["parallel.coordinator=sharded"], *[4 * BLOCK + (2 + 3 / 3) * SHARED] * 2),
         (["parallel.sync=never"], *[4 * BLOCK + 4 * SHARED] * 2),
         (["parallel.sync=every"], 4 * BLOCK + 5 * SHARED, 4 * BLOCK + 4 * SHARED),
         (
@@ -282,7 +283,7 @@ def test_what_deepspeed_keeps_in_host_memory_is_told(capsys, tmp_path):
                 "parallel.coordinator=dedicated",
                 "parallel.outer_momentum=0.9",
             ],
-            4 * SHARED,
+            5 * SHARED,
             4 * BLOCK + 4 * SHARED,
         ),
         (["train.ema_decay=0.9"], 5 * BLOCK + 5 * SHARED, 5 * BLOCK + 3 * SHARED),

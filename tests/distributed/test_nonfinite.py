@@ -186,7 +186,7 @@ def sign_of_the_others(rank, options):
     for block in (0, 2):
         trainer = alone(options, [block])
         trainer.state.set_training(True)
-        trainer.state.sync.finish = lambda *_, **__: None
+        trainer.state.sync.step = lambda *_, **__: None
         trainer.train_step(0)
         for name, parameter in trainer.state.shared_parameters.items():
             total[name] = total.get(name, 0) + parameter.grad

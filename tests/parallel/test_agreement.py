@@ -101,6 +101,7 @@ def train_with_drift(rank, options, drifting):
 
     def drift(index):
         step(index)
+        trainer.state.settle()  # what is still on its way would replace the bit
         if index == 2 and rank.launch.rank == drifting[0]:
             module = trainer.state.shared if drifting[1] else trainer.state.blocks[0].module
             weight = next(module.parameters()).detach().view(-1)[:1]

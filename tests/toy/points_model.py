@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dbdist import seeds
 from dbdist.config.options import ModelOptions
-from dbdist.models.base import named_tensors
+from dbdist.tensors import named_tensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
-"""Every copy of a block holds it whole: one copy alone, or several by DDP."""
+"""Every copy of a block holds it whole: one copy without others, or several by DDP."""
 
-from collections.abc import Iterable
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -8,32 +8,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dbdist.parallel.engines.engine import BuildOptimizer, Traffic, gradients
+from dbdist.parallel.engines import split
+from dbdist.parallel.engines.engine import BuildOptimizer, Traffic, gradients, num_bytes, total_norm
 from dbdist.parallel.optimizer_state import State, load_state, state_of
 from dbdist.parallel.topology import Topology
+from dbdist.tensors import Named, fill_all, named_tensors, trained_of
 
 
-class Whole:
-    """Every copy has the whole block: one copy alone, or several by DDP. Copies start alike because
-    weights depend on the seed alone."""
+class Ddp:
+    """Every copy has the whole block. Copies start equal because weights depend on the seed."""
 
-    is_whole = True
+    split = split.DDP
 
     def __init__(self, block: nn.Module, topology: Topology, build_optimizer: BuildOptimizer):
         self.module: nn.Module = block
         self._block = block
         self._ddp: DistributedDataParallel | None = None
         if topology.replica_group is not None:
-            self._ddp = DistributedDataParallel(
-                block,
-                device_ids=[topology.device] if topology.device.type == "cuda" else None,
-                process_group=topology.replica_group,
-                init_sync=False,
-            )
+            with warnings.catch_warnings():  # torch 2.15: of a name that older ones do not have
+                warnings.simplefilter("ignore", FutureWarning)
+                self._ddp = DistributedDataParallel(
+                    block,
+                    device_ids=[topology.device] if topology.device.type == "cuda" else None,
+                    process_group=topology.replica_group,
+                    init_sync=False,
+                    broadcast_buffers=False,  # every engine leaves it to `RankState.share_buffers`
+                )
             self.module = self._ddp
-        self.optimizer = build_optimizer(block.parameters())
-        self.num_optimized = sum(p.numel() for p in block.parameters())
-        self._traffic = Traffic(topology, block, passes=2)  # reduce-scatter and all-gather
+        self._trained = trained_of(block)
+        self.optimizer = build_optimizer(self._trained.values())
+        self.num_stepped_bytes = num_bytes(self._trained.values())
+        self._traffic = Traffic(topology, block, self.split)
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[Any]:
         if self._ddp is not None and not is_last:
@@ -48,7 +53,7 @@ class Whole:
         self.optimizer.zero_grad()
 
     def grad_norm(self) -> Tensor:
-        return nn.utils.get_total_norm(gradients(self._block))
+        return total_norm(gradients(self._block))
 
     def step(self, scale: Tensor) -> None:
         torch._foreach_mul_(gradients(self._block), scale)
@@ -57,22 +62,23 @@ class Whole:
     def skip(self) -> None:
         self.optimizer.zero_grad()
 
-    def part(self, parameter: nn.Parameter) -> Tensor:
+    def shard(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach()
 
-    def whole(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
-        return part
+    def whole(self, parameter: nn.Parameter, shard: Tensor) -> Tensor:
+        return shard
+
+    def cut(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        return whole
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self._block.named_parameters()}
+        return named_tensors(self._block)
 
-    @torch.no_grad()
-    def set_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        for name, value in weights:
-            self._block.get_parameter(name).copy_(value)
+    def set_weights(self, weights: Named) -> None:
+        fill_all(self._block, weights)
 
     def optimizer_state(self) -> State:
-        return state_of(self.optimizer, dict(self._block.named_parameters()))
+        return state_of(self.optimizer, self._trained)
 
     def set_optimizer_state(self, state: State) -> None:
-        load_state(self.optimizer, dict(self._block.named_parameters()), state)
+        load_state(self.optimizer, self._trained, state)

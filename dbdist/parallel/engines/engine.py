@@ -1,48 +1,50 @@
 """Data parallelism inside a block: its copies share each batch, by DDP, FSDP2 or DeepSpeed ZeRO.
 
 An engine wraps one block and owns its optimizer. Whatever it splits among the copies, it takes and
-gives whole tensors by parameter name, so checkpoints know nothing of it, and it never touches a
-rank outside the block. Shared modules stay outside the engines: `SharedGradients` averages theirs.
+gives whole tensors by name, so checkpoints know nothing of it, and it never touches a rank outside
+the block. Frozen parameters and buffers are stored as all others, and have no optimizer state.
+Shared modules stay outside the engines: `SharedTensors` has theirs.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dbdist.errors import ConfigError
-from dbdist.parallel.flat import FlatBuffer
+from dbdist.parallel.engines.split import Split
 from dbdist.parallel.meter import Meter
 from dbdist.parallel.optimizer_state import State
+from dbdist.parallel.shared_tensors import SharedTensors
 from dbdist.parallel.topology import Topology
+from dbdist.tensors import Named, trained_of
 
 BuildOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """A block among its replicas. All but `part` are collective among them."""
+    """A block among its replicas. All but `shard` are collective among them."""
 
     module: nn.Module
     """What is called in the forward pass in place of the block."""
-    is_whole: bool
-    """Whether every copy has all weights of the block."""
+    split: Split
+    """What each copy has only a shard of."""
 
     @property
     def optimizer(self) -> Optimizer: ...
 
     @property
-    def num_optimized(self) -> int:
-        """Elements whose optimizer state lies on this rank."""
+    def num_stepped_bytes(self) -> int:
+        """Of the weights whose optimizer state lies on this rank."""
         ...
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Around forward and backward of a part of a batch: gradients travel with the last part."""
+        """Around forward and backward of some rows of a batch: gradients travel with the last."""
         ...
 
     def backward(self, loss: Tensor) -> None: ...
@@ -50,7 +52,7 @@ class Engine(Protocol):
     def zero_grad(self) -> None: ...
 
     def grad_norm(self) -> Tensor:
-        """Euclidean norm of the block's averaged gradient, once the last part is done."""
+        """Euclidean norm of the block's averaged gradient, once the last rows are done."""
         ...
 
     def step(self, scale: Tensor) -> None:
@@ -61,24 +63,30 @@ class Engine(Protocol):
         """In place of `step`: drops the gradients, and changes neither weights nor optimizer."""
         ...
 
-    def part(self, parameter: nn.Parameter) -> Tensor:
-        """The part of a parameter that lies on this rank, sharing its memory."""
+    def shard(self, parameter: nn.Parameter) -> Tensor:
+        """The shard of a parameter that lies on this rank, sharing its memory."""
         ...
 
-    def whole(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
-        """All ranks' parts of something shaped like this parameter, joined."""
+    def whole(self, parameter: nn.Parameter, shard: Tensor) -> Tensor:
+        """All ranks' shards of something shaped like this parameter, joined."""
+        ...
+
+    def cut(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """The inverse of `whole`: this rank's shard. Nothing travels."""
         ...
 
     def weights(self) -> dict[str, Tensor]:
-        """The block's parameters, whole."""
+        """The block's parameters and buffers, whole."""
         ...
 
-    def set_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes whole tensors by name, of all parameters, the same on every replica."""
+    def set_weights(self, weights: Named) -> None:
+        """Takes whole tensors by name, the same on every replica.
+
+        Raises ValueError unless every parameter and every buffer gets one."""
         ...
 
     def optimizer_state(self) -> State:
-        """Whole tensors."""
+        """Whole tensors, of the parameters that are trained."""
         ...
 
     def set_optimizer_state(self, state: State) -> None:
@@ -86,45 +94,33 @@ class Engine(Protocol):
         ...
 
 
-class SharedGradients:
-    """The shared modules' gradients, averaged over the copies of this rank's block."""
-
-    def __init__(self, topology: Topology, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._group, self._size = topology.replica_group, topology.layout.num_replicas
-        self._parameters, self._meter = parameters, topology.meter
-        if self._group is not None:
-            self._buffer = FlatBuffer(parameters, topology.wire_device)
-
-    def average(self) -> None:
-        """Once a step, when this rank's gradients are complete."""
-        if self._group is None:
-            return
-        self._buffer.pack({name: p.grad for name, p in self._parameters.items()})
-        dist.all_reduce(self._buffer.data, group=self._group)
-        self._buffer.data /= self._size
-        for parameter in self._parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.empty_like(parameter)
-        self._buffer.unpack({n: p.grad for n, p in self._parameters.items() if p.grad is not None})
-        moved = 2 * (self._size - 1) * self._buffer.num_bytes // self._size
-        self._meter.sent["replica"] += moved
-        self._meter.received["replica"] += moved
-
-
-def clip(
-    engine: Engine, shared: Iterable[nn.Parameter], max_norm: float | None
-) -> tuple[Tensor, Tensor]:
+def clip(engine: Engine, shared: SharedTensors, max_norm: float | None) -> tuple[Tensor, Tensor]:
     """(norm, scale): the global gradient norm over a block and its local shared modules, whose
     gradients are scaled here; the block's are to be scaled in its step. Stays inside the block."""
-    shared_gradients = [p.grad for p in shared if p.grad is not None]
+    gradients = shared.gradients
     block_norm = engine.grad_norm()
-    norm = torch.linalg.vector_norm(
-        torch.stack([block_norm, nn.utils.get_total_norm(shared_gradients).to(block_norm)])
-    )
+    shared_norm = total_norm(list(gradients.views.values()) or gradients.segments)
+    norm = torch.linalg.vector_norm(torch.stack([block_norm, shared_norm.to(block_norm)]))
     scale = torch.clamp((max_norm or math.inf) / (norm + 1e-6), max=1.0)
     scale = torch.where(norm.isfinite(), scale, 1.0)  # what is not finite is looked at, not applied
-    torch._foreach_mul_(shared_gradients, scale)
+    torch._foreach_mul_(gradients.segments, scale)
     return norm, scale
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm over all, which may have several dtypes; of short floats in float32."""
+    norms: list[Tensor] = []
+    for dtype in {tensor.dtype: None for tensor in tensors}:
+        same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        if dtype.itemsize < 4:
+            norms += [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in same]
+        else:
+            norms.append(nn.utils.get_total_norm(same))
+    if len(norms) == 1:
+        return norms[0]
+    longest = max((norm.dtype for norm in norms), key=lambda d: d.itemsize, default=torch.float32)
+    squares = [norm.to(longest).square() for norm in norms]
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
 
 def check_engine(engine: str, topology: Topology) -> None:
@@ -140,15 +136,19 @@ def check_engine(engine: str, topology: Topology) -> None:
 class Traffic:
     """Bytes that the copies of a block exchange in a pass, as a ring moves them."""
 
-    def __init__(self, topology: Topology, block: nn.Module, passes: int) -> None:
+    def __init__(self, topology: Topology, block: nn.Module, split: Split) -> None:
         size = topology.layout.num_replicas
-        total = sum(p.numel() * p.element_size() for p in block.parameters())
+        weights, trained = num_bytes(block.parameters()), num_bytes(trained_of(block).values())
         self._meter: Meter = topology.meter
-        self._num_bytes = passes * (size - 1) * total // size
+        self._num_bytes = split.wire_values(weights, trained) * (size - 1) // size
 
     def count(self) -> None:
         self._meter.sent["replica"] += self._num_bytes
         self._meter.received["replica"] += self._num_bytes
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def gradients(module: nn.Module) -> list[Tensor]:

@@ -7,7 +7,8 @@ DeepSpeed sees one data-parallel group, the block's copies; the block's number n
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,13 +19,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dbdist.errors import ConfigError
-from dbdist.parallel.engines.engine import BuildOptimizer, Traffic
+from dbdist.parallel.engines import split
+from dbdist.parallel.engines.engine import BuildOptimizer, Traffic, num_bytes
 from dbdist.parallel.optimizer_state import State
 from dbdist.parallel.topology import Topology
+from dbdist.tensors import Named, buffers_of, complete, trained_of
 
 
 class Zero:
-    """A block under `deepspeed.initialize`; see `replicas.Engine`."""
+    """A block under `deepspeed.initialize`; see `engine.Engine`."""
 
     def __init__(
         self,
@@ -39,9 +42,12 @@ class Zero:
         _confine(deepspeed, copies.get_data_parallel_group())
         self._block = block
         self._stage: int = settings["zero_optimization"]["stage"]
-        self._client = build_optimizer(block.parameters())
+        self.split = split.ZERO[self._stage]
+        self._trained = trained_of(block)
+        _check_dtypes(self._trained, self._stage)
+        self._client = build_optimizer(self._trained.values())
         # Before stage 3 takes the block apart.
-        self._traffic = Traffic(topology, block, passes=3 if self._stage == 3 else 2)
+        self._traffic = Traffic(topology, block, self.split)
         try:
             self._engine, *_ = deepspeed.initialize(
                 model=block,
@@ -57,17 +63,17 @@ class Zero:
                 f"parallel.deepspeed_config: DeepSpeed refuses {key}: {first['msg']}"
             ) from None
         self.module: nn.Module = self._engine
-        self.is_whole = self._stage < 3
         self._zero: Any = self._engine.optimizer
         self._tools: Any = deepspeed.utils
+        self._zero_module: Any = deepspeed.zero
 
     @property
     def optimizer(self) -> Optimizer:
         return self._zero
 
     @property
-    def num_optimized(self) -> int:
-        return sum(flat.numel() for flat in self._flats())
+    def num_stepped_bytes(self) -> int:
+        return num_bytes(self._flats())
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[Any]:
         if is_last or self._stage > 1:
@@ -77,7 +83,9 @@ class Zero:
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()  # counts the part; nothing else happens
+            # DeepSpeed has no call for counting the rows of a batch that are done; between batches
+            # its step does that alone; held by test_clipping_takes_in_the_block_….
+            self._engine.step()
 
     def zero_grad(self) -> None:
         """DeepSpeed frees gradients in its step."""
@@ -87,11 +95,13 @@ class Zero:
             norms = torch.as_tensor(self._zero.scaled_global_norm()).reshape(1)
         else:
             norms = torch.stack([torch.as_tensor(n) for n in self._zero._get_norm_groups()])
-        # DeepSpeed's sign for one that is not finite is -1.
+        # DeepSpeed has no call for a norm that is not finite: it gives -1; held by
+        # test_every_engine_skips_on_all_replicas_what_is_bad_on_one.
         return torch.linalg.vector_norm(torch.where(norms < 0, math.nan, norms))
 
     def step(self, scale: Tensor) -> None:
-        # DeepSpeed divides by max(1, (its own norm + 1e-6) / clip_grad): this makes it `scale`.
+        # DeepSpeed has no call for a given scale: it divides by max(1, (its norm + 1e-6) /
+        # clip_grad), which this clip_grad makes 1 / scale; held by test_clipping_takes_in_the_….
         factor = scale.item()
         self._zero.clip_grad = 0.0
         if factor < 1 or math.isnan(factor):
@@ -99,7 +109,8 @@ class Zero:
         self._engine.step()
 
     def skip(self) -> None:
-        # DeepSpeed drops a step, with all that belongs to it, whose norm is not finite.
+        # DeepSpeed has no call for dropping a step: it drops one whose norm is not finite, so its
+        # norm is for once; held by test_every_engine_skips_on_all_replicas_what_is_bad_on_one.
         name, infinite = "scaled_global_norm", torch.tensor(math.inf)
         norm: Any = infinite
         if self._stage == 3:
@@ -110,39 +121,62 @@ class Zero:
         finally:
             delattr(self._zero, name)
 
-    def part(self, parameter: nn.Parameter) -> Tensor:
+    def shard(self, parameter: nn.Parameter) -> Tensor:
         assert self._stage < 3, "stage 3 keeps no average"
         return parameter.detach()
 
-    def whole(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
-        return part
+    def whole(self, parameter: nn.Parameter, shard: Tensor) -> Tensor:
+        return shard
+
+    def cut(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        return whole
 
     def weights(self) -> dict[str, Tensor]:
         get = self._tools.safe_get_full_fp32_param
-        return {name: get(p) for name, p in self._block.named_parameters()}
+        # DeepSpeed has no call for weights that it does not train: stage 3 gathers them, lower ones
+        # leave them whole; held by test_frozen_tied_and_buffered_tensors_go_through_every_engine.
+        gathered = self._zero_module.GatheredParameters if self._stage == 3 else nullcontext
+        found: dict[str, Tensor] = {}
+        for name, p in self._block.named_parameters():
+            if p.requires_grad:
+                found[name] = get(p).to(p.dtype)
+            else:
+                with gathered(p):
+                    found[name] = p.detach().clone()
+        return found | buffers_of(self._block)
 
     @torch.no_grad()
-    def set_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        for name, whole in weights:
-            parameter, value = self._block.get_parameter(name), whole.to(self._engine.device)
-            if self._stage < 3:
-                parameter.copy_(value)
-                self._tools.safe_set_full_fp32_param(parameter, value)
+    def set_weights(self, weights: Named) -> None:
+        own = dict(self._block.named_parameters()) | buffers_of(self._block)
+        for name, whole in complete(weights, own):
+            tensor, value = own[name], whole.to(self._engine.device)
+            is_trained = name in self._trained
+            if hasattr(tensor, "ds_tensor"):
+                shard = self._shard_of(tensor, value)
+                if is_trained:
+                    self._tools.safe_set_local_fp32_param(tensor, shard)
+                getattr(tensor, "ds_tensor").copy_(shard)  # noqa: B009
             else:
-                part = self._part_of(parameter, value)
-                self._tools.safe_set_local_fp32_param(parameter, part)
-                getattr(parameter, "ds_tensor").copy_(part)  # noqa: B009
+                tensor.copy_(value)
+                if is_trained:
+                    self._tools.safe_set_full_fp32_param(tensor, value)
 
     def optimizer_state(self) -> State:
         flats = self._flats()
         if not all(self._client.state.get(flat) for flat in flats):
             return {}
+        if self._stage < 3 and len(flats) > 1:
+            # DeepSpeed has no call for linking several groups' states: it links them all after the
+            # first group's first step, when the others have none; held by
+            # test_frozen_tied_and_buffered_tensors_go_through_every_engine.
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
         first = self._client.state[flats[0]]
         kinds = [k for k, t in first.items() if torch.is_tensor(t) and t.shape == flats[0].shape]
         get = self._tools.safe_get_full_optimizer_state
         return {
             name: {"step": first["step"].clone(), **{kind: get(p, kind) for kind in kinds}}
-            for name, p in self._block.named_parameters()
+            for name, p in self._trained.items()
         }
 
     @torch.no_grad()
@@ -157,14 +191,14 @@ class Zero:
             self._client.state[flat].update({"step": step, **own})
         if self._stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self._block.named_parameters():
+        for name, parameter in self._trained.items():
             for kind in kinds:
                 value = state[name][kind].to(self._engine.device, torch.float32)
                 if self._stage < 3:
                     self._tools.safe_set_full_optimizer_state(parameter, value, kind)
                 else:
-                    part = self._part_of(parameter, value)
-                    self._tools.safe_set_local_optimizer_state(parameter, part, kind)
+                    shard = self._shard_of(parameter, value)
+                    self._tools.safe_set_local_optimizer_state(parameter, shard, kind)
 
     @property
     def _is_fused(self) -> bool:
@@ -176,11 +210,22 @@ class Zero:
             return self._zero.single_partition_of_fp32_groups
         return self._zero.fp32_partitioned_groups_flat
 
-    def _part_of(self, parameter: Any, value: Tensor) -> Tensor:
-        """This rank's part of a whole tensor in stage 3, which pads the last ones with zeros."""
+    def _shard_of(self, parameter: Any, value: Tensor) -> Tensor:
+        """This rank's shard of a whole tensor in stage 3, which pads the last ones with zeros."""
         size, rank = parameter.ds_tensor.numel(), self._zero._get_param_partition_rank(parameter)
         flat = value.reshape(-1)[rank * size : (rank + 1) * size]
         return nn.functional.pad(flat, (0, size - flat.numel()))
+
+
+def _check_dtypes(trained: Mapping[str, nn.Parameter], stage: int) -> None:
+    """Raises ConfigError where DeepSpeed would fail an assertion without a name."""
+    usual = Counter(p.dtype for p in trained.values()).most_common(1)[0][0]
+    for name, parameter in trained.items():
+        if stage == 3 and parameter.dtype != usual:
+            raise ConfigError(
+                f"DeepSpeed stage 3 trains parameters of one dtype: {name} is {parameter.dtype} "
+                f"among {usual}; freeze it, or use stage 1 or 2, ddp or fsdp"
+            )
 
 
 class _Copies:
@@ -218,15 +263,19 @@ def _import_deepspeed(topology: Topology) -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if topology.device.type == "cpu":
-        # A faster all-reduce within a host, compiled for a minute at first use: gloo does.
+        # DeepSpeed has no call for leaving out its own all-reduce within a host, which it compiles
+        # for a minute at first use; held by the time that every engine's test takes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def _confine(deepspeed: Any, copies: dist.ProcessGroup) -> None:
-    """Makes this block's copies the whole world for DeepSpeed. Stage 3 compares and broadcasts its
-    order of layers from rank 0 of the world: other blocks have other layers, and a dedicated
-    coordinator has none and never answers."""
+    """Makes this block's copies the whole world for DeepSpeed.
+
+    Stage 3 compares and broadcasts its order of layers from rank 0 of the world: other blocks have
+    other layers, and a dedicated coordinator has none and never answers."""
+    # DeepSpeed has no call for another world than torch's: a subclass of its backend translates;
+    # held by test_deepspeed_takes_a_blocks_copies_for_the_whole_world.
     deepspeed.comm.init_distributed(dist_init_required=False, verbose=False)
     backend = deepspeed.comm.comm.cdb
     plain: Any = getattr(type(backend), "plain", type(backend))
