@@ -23,12 +23,9 @@ from torch.profiler import record_function
 from dbdist import log, seeds
 from dbdist.build import Setup
 from dbdist.checkpoint.manifest import Checkpoint
-from dbdist.checkpoint.names import PREFIX
 from dbdist.checkpoint.same_data import data_entry
 from dbdist.data.base import Dataset
 from dbdist.data.found import identity_of
-from dbdist.data.loader import BatchStream
-from dbdist.monitor.histogram import LevelHistogram
 from dbdist.monitor.levels import levels_of
 from dbdist.monitor.monitor import Monitor
 from dbdist.parallel.health.stopping import Stop
@@ -36,14 +33,14 @@ from dbdist.parallel.topology import Topology
 from dbdist.run.folder import place_of
 from dbdist.sampling.evaluation import Evaluation, check_test_set, evaluate
 from dbdist.tasks.base import Draws, Loss, draws_of_step, to_device
-from dbdist.training.batches import LastBatch, StoppingBatches
 from dbdist.training.due import Due, due_after
-from dbdist.training.numerics import BadStep, norms_of
-from dbdist.training.rank_state import OwnedBlock, RankState, own_blocks
+from dbdist.training.nonfinite import bad_step
+from dbdist.training.rank_state import RankState, own_blocks
 from dbdist.training.records import Records, StepResult, Trainee
 from dbdist.training.saving import Saving
 from dbdist.training.state_files import restore
 from dbdist.training.stop import MAX_APART_S, any_fault, save_and_stop
+from dbdist.training.trainees import block_order, build_trainees
 
 
 class Trainer:
@@ -76,9 +73,11 @@ class Trainer:
             with topology.agree("reading the checkpoint"):
                 restore(self.state, checkpoint)
         self.stopping = topology.watch.stopping
-        self._last_batch = LastBatch()
-        self._order = self._block_order()
-        self.trainees = [self._trainee(owned) for owned in self.state.blocks]
+        self._order = block_order(config, len(self.state.blocks), self.max_steps)
+        done = self._order[: self.start_step]
+        self.trainees = build_trainees(
+            config, topology, self.state.blocks, train_set, self.levels, done
+        )
         self.records = Records(
             config, topology, self.state.sync, self.trainees, self.start_step, monitor
         )
@@ -225,20 +224,8 @@ class Trainer:
     ) -> None:
         """Leaves the gradients out of this step, reports it, and stops all ranks if so wanted."""
         owned, topology, policy = trainee.owned, self.topology, self.config.train.nonfinite
-        gradients = {n: p.grad for n, p in owned.parameters.items() if p.grad is not None}
-        shared = {n: p.grad for n, p in self.state.shared_parameters.items() if p.grad is not None}
-        bad = BadStep(
-            step=trainee.steps_done + 1,
-            block=owned.index,
-            rank=topology.rank,
-            replica=topology.replica,
-            loss=loss,
-            grad_norm=grad_norm,
-            indices=trainee.batches.indices_of_step(trainee.steps_done),
-            per_sample={**done.values(), **self._levels_of(done)},
-            grad_norms=norms_of(gradients) | norms_of({PREFIX + n: g for n, g in shared.items()}),
-            lr=owned.engine.optimizer.param_groups[0]["lr"],
-        )
+        shared = self.state.shared_parameters
+        bad = bad_step(trainee, done, topology, shared, self.levels, loss, grad_norm)
         try:
             report = str(bad.write(Path(self.config.run_dir)))
         except OSError as error:
@@ -258,10 +245,6 @@ class Trainer:
             "a lower train.lr",
             is_fault=True,
         )
-
-    def _levels_of(self, done: StepResult) -> dict[str, Tensor]:
-        """The samples' levels by what the process calls them; empty without levels."""
-        return {self.levels.name: torch.cat(done.level_N)} if self.levels else {}
 
     def _step_shared_alone(self, steps_done: int) -> None:
         self._settle()
@@ -409,40 +392,3 @@ class Trainer:
             "model": self.setup.describe(),
             "config": asdict(self.config),
         }
-
-    # Set-up
-
-    def _trainee(self, owned: OwnedBlock) -> Trainee:
-        config, device, block = self.config, self.topology.device, owned.index
-        steps_done = self.start_step
-        if config.mode == "sequential":
-            steps_done = sum(turns.count(block) for turns in self._order[: self.start_step])
-        histogram = None
-        if self.levels is not None:
-            histogram = LevelHistogram.of(self.levels, block, device)
-        stream = BatchStream(
-            self.train_set,
-            config.train.batch_size,
-            config.seed,
-            block,
-            self.topology.replica,
-            self.topology.layout.num_replicas,
-            start_step=steps_done,
-            num_workers=config.data.num_workers,
-            pin_memory=device.type == "cuda",
-        )
-        who = f"rank {self.topology.rank}, block {block}"
-        batches = StoppingBatches(stream, self.stopping, who, self._last_batch)
-        return Trainee(owned, steps_done, batches, histogram)
-
-    def _block_order(self) -> list[list[int]]:
-        """The blocks trained in each step: this rank's, or num_blocks random ones in sequential
-        mode."""
-        if self.config.mode != "sequential":
-            return [list(range(len(self.state.blocks)))] * self.max_steps
-        num_blocks = self.config.num_blocks
-        generator = seeds.generator(self.config.seed, "block")
-        return [
-            torch.randint(num_blocks, (num_blocks,), generator=generator).tolist()
-            for _ in range(self.max_steps)
-        ]

@@ -19,6 +19,7 @@ from dbdist.checkpoint.manifest import (
 from dbdist.checkpoint.names import blocks_in, part_file, step_of
 from dbdist.checkpoint.parts import assemble, read_part, remove_block
 from dbdist.checkpoint.snapshot import Snapshot
+from dbdist.checkpoint.weights import load_weights
 from dbdist.checkpoint.writer import CheckpointWriter
 from dbdist.errors import CheckpointError
 from dbdist.parallel.layout import Layout
@@ -413,3 +414,15 @@ def test_a_block_that_cannot_write_costs_the_others_nothing(ranks, tmp_path):
     os.rmdir(folder_of(tmp_path, 12) / "block-1.safetensors")
     write(tmp_path, 1, 8 + 4)
     assert complete_steps(tmp_path) == [4, 12]
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path):
+    write(tmp_path, 1, 4)
+    for name in ("block-1.part.json", "block-1.safetensors"):
+        path = folder_of(tmp_path, 4) / name
+        path.unlink()
+        os.mkfifo(path)
+    with pytest.raises(CheckpointError, match=r"part\.json cannot be read \(it is a pipe"):
+        read_part(folder_of(tmp_path, 4), 1)
+    with pytest.raises(CheckpointError, match="pipe"):
+        load_weights(folder_of(tmp_path, 4) / "block-1.safetensors")

@@ -14,7 +14,7 @@ from ranks import config_of, setup_of, warnings_from_now_on
 
 from dbdist import log
 from dbdist.bench.save import measure
-from dbdist.checkpoint.manifest import complete_folders, find_checkpoint
+from dbdist.checkpoint.manifest import complete_folders, find_checkpoint, open_folder
 from dbdist.checkpoint.writer import CheckpointWriter
 from dbdist.config.parse import parse_config
 from dbdist.data.images import random_images
@@ -471,3 +471,32 @@ def test_training_that_fails_after_a_save_completes_that_checkpoint(tmp_path, mo
     checkpoint = find_checkpoint(tmp_path)
     assert checkpoint is not None
     assert checkpoint.step == config.train.max_steps
+
+
+# -- what others read, or have put there -----------------------------------------------------------
+
+
+def test_a_checkpoint_that_is_read_stays_until_it_is_let_go(tmp_path):
+    """And is then retired with the next one."""
+    write(tmp_path, 1, 2, keep_last=2)
+    read = open_folder(tmp_path / "checkpoints/step-00000001", hold=True)
+    write(tmp_path, 3, 4, keep_last=1)
+    assert steps_of(tmp_path) == [1, 4]
+    assert read.tensors(FILE)["x"].eq(1).all()
+    read.close()
+    write(tmp_path, 5, keep_last=1)
+    assert steps_of(tmp_path) == [5]
+
+
+def test_a_folder_that_this_run_did_not_write_is_set_aside(tmp_path):
+    write(tmp_path, 5)
+    for step, name in ((3, "model.pt"), (4, "block-1.safetensors.partial"), (7, "notes.txt")):
+        folder = tmp_path / f"checkpoints/step-{step:08d}"
+        folder.mkdir()
+        (folder / name).write_text("x")
+    writer, told = writer_of(tmp_path)
+    writer.clean()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000003.foreign", "step-00000005", "step-00000007.foreign"]
+    assert len(told) == 2
+    assert "step-00000003 is no checkpoint of dbdist (model.pt); it is now called" in told[0]

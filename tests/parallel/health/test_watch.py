@@ -9,6 +9,7 @@ import time
 from ranks import config_of, setup_of
 
 from dbdist.data.sources import load_dataset
+from dbdist.parallel.health.guard import Guard
 from dbdist.parallel.layout import Layout, layout_of
 from dbdist.training.trainer import Trainer
 
@@ -73,3 +74,10 @@ def test_who_says_why_it_ends_is_quoted(ranks):
 
 def test_who_has_finished_is_not_missing(ranks):
     assert ranks.run(3, leave, "finished")[:2] == ["", ""]
+
+
+def test_a_stuck_rank_leaves_its_stack(tmp_path):
+    guard = object.__new__(Guard)
+    guard._stack_file = tmp_path / "stuck/rank-1.txt"
+    assert guard._leave_stack().endswith("; its stack is in " + str(guard._stack_file))
+    assert "test_a_stuck_rank_leaves_its_stack" in guard._stack_file.read_text()
