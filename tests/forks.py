@@ -25,13 +25,17 @@ from pathlib import Path
 
 IMPORTED = (
     "torch.distributed.launcher.api",
+    "torch._dynamo",  # which DDP imports
     "torch.utils.tensorboard",
-    "sklearn.model_selection",
     "matplotlib.figure",
     "dbdist.training.setup",
     "dbdist.inference.of_run",
     "dbdist.parallel.session",
     "dbdist.config.parse",
+    "dbdist.data.small_sets",
+    "dbdist.models.vit",
+    "dbdist.tasks.classification",
+    "dbdist.processes.gaussian",
 )
 """What a rank has imported after its first steps, and torchrun's agent."""
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)

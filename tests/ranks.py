@@ -77,12 +77,13 @@ class RankPool:
             raise AssertionError("\n".join(failures))
         return [value for _, value in answers]
 
-    def preload(self, module: str) -> None:
-        """From now on every rank has imported it, at once instead of one by one."""
-        if module not in self._preloaded:
-            self._preloaded.add(module)
-            self.close()
-            self._forks.preload(module)
+    def preload(self, *modules: str) -> None:
+        """From now on every rank has imported them, at once instead of one by one."""
+        for module in modules:
+            if module not in self._preloaded:
+                self._preloaded.add(module)
+                self.close()
+                self._forks.preload(module)
 
     def close(self) -> None:
         for process, pipe in self._workers:

@@ -8,6 +8,8 @@ import torch
 LINEAR = torch.nn.functional.linear
 """DeepSpeed's stage 3 replaces it for the whole process, and with it the order of gradients: ranks
 of a pool put it back."""
+DEEPSPEED = ("deepspeed", "deepspeed.runtime.engine")
+"""What its engine imports, for `RankPool.preload`."""
 
 
 def engine_options(folder: Path, engine: str) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import RankPool, config_of, setup_of
-from replicas import LINEAR, engine_options
+from replicas import DEEPSPEED, LINEAR, engine_options
 
 from dbdist.checkpoint.manifest import find_checkpoint
 from dbdist.data.sources import load_dataset
@@ -85,7 +85,7 @@ ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-off
 @pytest.fixture(scope="module", autouse=True)
 def deepspeed(ranks):
     """Its import takes each rank some seconds."""
-    ranks.preload("deepspeed")
+    ranks.preload(*DEEPSPEED)
 
 
 @pytest.fixture(scope="module")

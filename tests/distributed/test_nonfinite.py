@@ -10,7 +10,7 @@ import pytest
 import torch
 from ranks import config_of, setup_of, warnings_from_now_on
 from reading import lines_of
-from replicas import LINEAR, engine_options
+from replicas import DEEPSPEED, LINEAR, engine_options
 
 from dbdist import seeds
 from dbdist.build import build_process
@@ -205,7 +205,7 @@ def sign_of_the_others(rank, options):
 )
 def test_every_engine_skips_on_all_replicas_what_is_bad_on_one(ranks, tmp_path, engine, what):
     if engine.startswith("zero"):
-        ranks.preload("deepspeed")
+        ranks.preload(*DEEPSPEED)
     options = (*ONE, "train.nonfinite=skip", f"run_dir={tmp_path / 'run'}")
     control = ranks.run(1, train_rank, options, {2: (0, 0)}, what)[0]
     assert control.updates == 5
