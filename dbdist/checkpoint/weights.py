@@ -31,8 +31,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Copies weights into the module's parameters and buffers by name. Raises CheckpointError where
-    they do not fit."""
+    """Copies weights into the module's parameters and buffers by name.
+
+    Raises CheckpointError where they do not fit.
+    """
     own = named_tensors(module)
     check_weights(own, weights, source)
     with torch.no_grad():
@@ -41,8 +43,10 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None
 
 
 def in_precision_of(weights: Mapping[str, Tensor], module: M) -> M:
-    """The module in the precision of these weights, if both have one: in float64 for those of a run
-    that computed in it. A module of several dtypes keeps them."""
+    """Returns the module in the precision of these weights, if both have one.
+
+    That is float64 for weights of a run that computed in it. A module of several dtypes keeps them.
+    """
     own, given = (
         {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
         for tensors in (named_tensors(module), weights)
@@ -51,8 +55,10 @@ def in_precision_of(weights: Mapping[str, Tensor], module: M) -> M:
 
 
 def check_weights(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: Path) -> None:
-    """Raises CheckpointError where names or shapes differ from a module's own tensors, or numbers
-    of a tensor are of another kind: floating-point or not."""
+    """Raises CheckpointError where names, shapes or kinds of numbers are not the module's.
+
+    Kinds are floating-point or not.
+    """
     for problem, names in (
         ("lacks", own.keys() - weights.keys()),
         ("has a foreign", weights.keys() - own.keys()),

@@ -43,9 +43,11 @@ class Cluster:
 
 
 def place(config: Config, cluster: Cluster) -> Layout:
-    """The configuration's layout on these nodes, as few blocks straddling as can be; among the ways
-    to that, as many ranks on every node where possible, and on few nodes. Raises TopologyError or
-    ConfigError when there are too few GPUs or the mode has no layout."""
+    """Returns the layout on these nodes that has as few straddling blocks as possible.
+
+    Among the ways to that, as many ranks on every node where possible, and on few nodes. Raises
+    TopologyError or ConfigError when there are too few GPUs or the mode has no layout.
+    """
     if config.mode == "sequential":
         raise TopologyError(
             "mode sequential trains in one process: there is nothing to place; use block_parallel"
@@ -70,8 +72,12 @@ def place(config: Config, cluster: Cluster) -> Layout:
 
 
 def _spreads(layout: Layout, cluster: Cluster) -> Iterator[list[int]]:
-    """Numbers of ranks on each node: whole blocks on each, as many as fit, and what is left over
-    wherever there is room; or equal numbers."""
+    """Yields numbers of ranks for each node.
+
+    Either whole blocks on each, as many as fit, and what is left over wherever there is room; or
+    equal
+    numbers.
+    """
     size, gpus, left = layout.num_replicas, cluster.gpus_per_node, layout.world_size
     counts = []
     for node in range(cluster.num_nodes):
@@ -150,13 +156,17 @@ class Plan:
         )
 
     def state_bytes(self, rank: int) -> int:
-        """Weights, gradients, AdamW's moments and averaged weights that a rank holds, shared
-        modules included. Activations and messages come on top."""
+        """Returns the bytes of a rank's weights, gradients, AdamW's moments and averaged weights.
+
+        Shared modules are included. Activations and messages come on top.
+        """
         return ceil(FLOAT_BYTES * (self._block_values(rank) + self._shared_values(rank)))
 
     def wire_bytes(self, block: int) -> int:
-        """What a step moves into, and out of, each node that has a copy of a straddling block: as
-        much as a ring of its replicas passes on."""
+        """Returns the bytes that a step moves into, and out of, each node with a straddling block.
+
+        That is as much as a ring of its replicas passes on.
+        """
         size, num_weights = self.layout.num_replicas, self.block_parameters[block]
         passes = self.config.train.accumulation_steps if self._split.gradients else 1
         values = passes * self._split.wire_values(num_weights, num_weights)

@@ -1,5 +1,4 @@
-"""Models from checkpoints: one block at a time, or everything as the tensors of an exported
-model."""
+"""Models from checkpoints: one block at a time, or all as tensors of an exported model."""
 
 from typing import Any
 

@@ -16,10 +16,11 @@ from dbdist.parallel.topology import Topology
 
 
 class FlatBuffer:
-    """Named tensors end to end: dtype after dtype, each in order of names; tensors of odd sizes
-    come last, so that the others stay aligned in memory.
+    """Named tensors end to end: dtype after dtype, each in order of names.
 
-    Of no tensors it holds one number without a name, because an empty message is none.
+    Tensors of odd sizes come last, so that the others stay aligned in memory. Of no tensors it
+    holds one
+    number without a name, because an empty message is none.
     """
 
     def __init__(
@@ -29,8 +30,12 @@ class FlatBuffer:
         wire_device: torch.device | None = None,
         multiple_of: int = 1,
     ) -> None:
-        """like: tensors of the same names, shapes and dtypes. wire_device: None: the same device.
-        multiple_of: what each dtype's number of elements is filled up to."""
+        """Allocates memory for tensors of these names, shapes and dtypes.
+
+        like: the tensors. wire_device: None: the same device. multiple_of: what each dtype's
+        number of
+        elements is filled up to.
+        """
         # Order matters: every rank walks the same names in the same order.
         names = sorted(like, key=lambda name: (like[name].numel() % 16 > 0, name))
         self.layout = [(name, like[name].shape, like[name].dtype) for name in names]
@@ -96,8 +101,7 @@ class FlatBuffer:
             tensors[name].copy_(view)
 
     def check_equal_on_all_ranks(self, topology: Topology, what: str) -> None:
-        """Raises TopologyError, naming rank and tensor, unless all ranks have this layout.
-        Collective."""
+        """Raises TopologyError, naming rank and tensor, unless all have this layout. Collective."""
         digest = hashlib.sha256(
             json.dumps([[n, list(s), str(d)] for n, s, d in self.layout]).encode()
         )

@@ -1,4 +1,7 @@
-"""The shared modules' optimizer, split over all ranks. See `shared_sync` for the three calls."""
+"""The shared modules' optimizer, split over all ranks.
+
+See `shared_sync` for the three calls.
+"""
 
 import time
 from collections.abc import Callable, Iterable
@@ -15,11 +18,13 @@ from dbdist.parallel.topology import Topology
 
 
 class Sharded:
-    """As `Coordinated`, with the optimizer split over all ranks: gradients are reduce-scattered,
-    each rank steps its shard of the parameters laid end to end, and the shards are gathered.
+    """As `Coordinated`, with the optimizer split over all ranks.
 
-    The same numbers, to rounding: AdamW works element by element. Source: ZeRO (1910.02054), stage
-    1."""
+    Gradients are reduce-scattered, each rank steps its shard of the parameters laid end to end,
+    and the
+    shards are gathered. The same numbers, to rounding: AdamW works element by element. Source: ZeRO
+    (1910.02054), stage 1.
+    """
 
     def __init__(
         self,

@@ -43,8 +43,12 @@ class Local:
         """Nothing travels."""
 
     def step(self, step: int, is_skipped: bool = False) -> None:
-        """step: steps of the block taken so far, this one included. is_skipped: this block takes no
-        part in this one."""
+        """Takes a step of the shared modules.
+
+        step: steps of the block taken so far, this one included. is_skipped: this block
+        contributes nothing
+        to this one.
+        """
         if self.optimizer is not None and not is_skipped:
             self.optimizer.step()
 
@@ -83,8 +87,10 @@ class _Star:
             meter.sent["shared"] += self.up.num_bytes
 
     def mean(self, keep_equal: bool = False) -> None:
-        """On the coordinator: the mean of the leaders' buffers, summed in block order, in its own.
-        keep_equal: numbers that all blocks have alike keep their bits."""
+        """Leaves the mean of the leaders' buffers in the coordinator's, summed in block order.
+
+        keep_equal: numbers that are the same in all blocks keep their bits.
+        """
         self.wait()
         total, *others = [self.up.split(row) for row in self._rows]
         for i, segment in enumerate(total):
@@ -127,8 +133,10 @@ class _Star:
 
 
 class Coordinated:
-    """Every step: shared gradients are averaged over blocks, the coordinator takes the only
-    optimizer step, and all copies become its parameters."""
+    """Averages shared gradients over blocks in every step; the coordinator takes the only step.
+
+    All copies then become its parameters.
+    """
 
     def __init__(
         self, topology: Topology, shared: SharedTensors, optimizer: Optimizer | None
@@ -214,8 +222,8 @@ class Averaged:
         """An average has arrived when `step` returns: it is rare."""
 
     def take_over(self) -> None:
-        """On the coordinator: makes the parameters and buffers, which have come from elsewhere, the
-        common ones."""
+        """Makes the coordinator's parameters and buffers, which come from elsewhere, the common
+        ones."""
         own = {**self._shared.parameters, **self._buffers()}
         with torch.no_grad():
             for name, tensor in self.anchor.items():
@@ -258,8 +266,10 @@ SharedSync = Local | Coordinated | Averaged | Sharded
 
 
 def copies_held(config: Config, layout: Layout, rank: int) -> float:
-    """How many numbers a rank holds for each trained parameter of the shared modules: weights,
-    gradients, averaged weights, and what steps them: AdamW has two moments."""
+    """Returns how many numbers a rank holds for each trained parameter of the shared modules.
+
+    These are weights, gradients, averaged weights, and what steps them: AdamW has two moments.
+    """
     has_block, has_average = layout.place_of(rank) is not None, config.train.ema_decay > 0
     if config.shared == "sharded":  # of moments, and of gradients summed over ranks, a shard
         return 2 + has_average + 3 / layout.world_size

@@ -1,5 +1,7 @@
-"""The shared modules' tensors on this rank: parameters and gradients in one flat buffer each, and
-the buffers that modules register."""
+"""The shared modules' tensors on this rank, in flat buffers.
+
+Parameters and gradients have one flat buffer each; the buffers that modules register have theirs.
+"""
 
 from collections.abc import Mapping
 

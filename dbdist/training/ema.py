@@ -8,8 +8,11 @@ from torch import Tensor
 
 
 class Ema:
-    """average <- decay * average + (1 - decay) * weights after each step; starts at the initial
-    weights. Averages of short floats are kept in float32, in which small changes count."""
+    """average <- decay * average + (1 - decay) * weights after each step.
+
+    It starts at the initial weights. Averages of short floats are kept in float32, in which small
+    changes count.
+    """
 
     def __init__(self, decay: float, parameters: Mapping[str, Tensor]) -> None:
         """parameters: sharing the memory of the weights."""
@@ -44,8 +47,10 @@ class Ema:
 
     @torch.no_grad()
     def _show(self, kept: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Changes averages for weights, or back. Returns the averages that the weights cannot hold,
-        for the way back."""
+        """Exchanges averages for weights, or back.
+
+        Returns the averages that the weights cannot hold, for the way back.
+        """
         longer: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             weights, average = parameter.clone(), self.averages[name]

@@ -1,5 +1,7 @@
-"""What one rank trains: shared modules, its block or blocks, their optimizers, averaged weights.
-Built empty of everything that belongs to other ranks. `state_files` makes files of it, and back.
+"""What one rank trains: shared modules, its blocks, their optimizers, averaged weights.
+
+It is built empty of everything that belongs to other ranks. `state_files` makes files of it, and
+back.
 """
 
 import math
@@ -122,11 +124,13 @@ class RankState:
         self.shared_tensors.zero_gradients()
 
     def clip_gradients(self, owned: OwnedBlock, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Averages the shared gradients over the replicas and holds the global norm of block and
-        shared modules to `train.clip_norm`.
+        """Averages the shared gradients over the replicas and clips the global norm.
 
-        Returns that norm before, and the factor that the block's step has still to apply. The norm
-        is the same on all replicas, and not finite if any gradient, or any replica's loss, is not.
+        The norm of block and shared modules is held to `train.clip_norm`. Returns that norm
+        before, and the
+        factor that the block's step has still to apply. The norm is the same on all replicas, and
+        not
+        finite if any gradient, or any replica's loss, is not.
         """
         self.shared_tensors.note_loss(loss)
         self.shared_tensors.average_gradients()
@@ -143,8 +147,10 @@ class RankState:
         self._is_settled = False
 
     def settle(self) -> None:
-        """Ends a step: its shared modules are here, and averages follow. Once, before the next
-        forward pass or anything else that reads weights or clears gradients."""
+        """Ends a step: its shared modules are here, and averages follow.
+
+        Once, before the next forward pass or anything else that reads weights or clears gradients.
+        """
         if self._is_settled:
             return
         self._is_settled = True
@@ -153,8 +159,12 @@ class RankState:
             self.ema.update()
 
     def share_buffers(self) -> None:
-        """Gives every copy of a module its leader's buffers: of shared modules that all blocks have
-        in common, block 0's. Before anything is saved, scored or compared. Collective."""
+        """Gives every copy of a module its leader's buffers. Collective.
+
+        For shared modules that all blocks have in common, these are block 0's. Before anything is
+        saved,
+        scored or compared.
+        """
         topology, has_copies = self.topology, self.config.has_copies
         shared = buffers_of(self.shared)
         if not has_copies:
@@ -176,8 +186,12 @@ class RankState:
         }
 
     def find_drift(self) -> str | None:
-        """The first difference between weights that several ranks hold alike: copies of a block,
-        and of the shared modules where all have the same. Collective among those ranks."""
+        """Returns the first difference between weights that several ranks hold in common.
+
+        These are copies of a block, and the shared modules where all have the same. Collective
+        among those
+        ranks.
+        """
         topology = self.topology
         is_common = not self.config.has_copies
         ranks = range(topology.world_size) if is_common else topology.copies
@@ -190,8 +204,12 @@ class RankState:
         return find_difference(facts, ranks, None if is_common else topology.replica_group)
 
     def set_lr(self, progress: float, last_step: int) -> None:
-        """Linear warm-up, then constant or half a cosine. progress: steps of each block done
-        before. last_step: where the cosine ends unless the configuration says."""
+        """Sets the learning rate: linear warm-up, then constant or half a cosine.
+
+        progress: steps of each block done before. last_step: where the cosine ends unless the
+        configuration
+        says.
+        """
         t = self.config.train
         factor = 1.0
         if progress < t.warmup_steps:
@@ -236,8 +254,10 @@ class RankState:
     def _build_engine(
         self, index: int, seed: int | None
     ) -> tuple[Block, Engine, dict[str, Tensor]]:
-        """A block, the engine of its replicas, and the form of its whole tensors. seed: None leaves
-        the weights empty."""
+        """Builds a block, the engine of its replicas, and the form of its whole tensors.
+
+        seed: None leaves the weights empty.
+        """
         config, topology = self.config, self.topology
         kind = config.parallel.replica_engine
         is_split = kind == "fsdp"  # from the start: the block is never whole on any rank

@@ -39,9 +39,11 @@ from dbdist.training.rank_state import OwnedBlock, RankState, prefixed
 
 
 def files_of(state: RankState) -> Files:
-    """What this rank writes: its blocks if it is their first replica (with its copy of the
-    shared modules if that is private), and on the coordinator the shared modules of all.
-    Collective, where something is split among ranks."""
+    """Returns what this rank writes. Collective, where something is split among ranks.
+
+    That is its blocks if it is their first replica (with its copy of the shared modules if that is
+    private), and on the coordinator the shared modules of all.
+    """
     state.settle()
     files: dict[str, dict[str, Tensor]] = {}
     for owned in state.blocks:
@@ -98,9 +100,12 @@ def _shared_state(state: RankState) -> State:
 
 
 def restore(state: RankState, checkpoint: Checkpoint) -> None:
-    """The inverse of `files_of`, whichever topology wrote them. Everything that this rank needs is
-    read and checked, on all ranks, before the first weight changes. Collective. Raises
-    CheckpointError."""
+    """The inverse of `files_of`, whichever topology wrote the files. Collective.
+
+    Everything that this rank needs is read and checked, on all ranks, before the first weight
+    changes.
+    Raises CheckpointError.
+    """
     topology, indices = state.topology, [owned.index for owned in state.blocks]
     with topology.agree("reading the checkpoint"):
         checkpoint.check_fits(state.setup.describe())
@@ -133,8 +138,7 @@ def restore(state: RankState, checkpoint: Checkpoint) -> None:
 
 
 def _check(state: RankState, path: Path, read: Files) -> None:
-    """Raises CheckpointError, naming file and tensor, unless the files hold what `restore` will
-    take from them."""
+    """Raises CheckpointError, naming file and tensor, unless `restore` can take what it needs."""
     shared = form_of(state.shared)
     trained = _shapes(state.shared_tensors.parameters)
     kinds = SGD if isinstance(state.sync, Averaged) else ADAMW
@@ -186,9 +190,11 @@ def _restore_block(
 def files_to_restore(
     config: Config, topology: Topology, blocks: list[int], *, has_common: bool = True
 ) -> list[str]:
-    """The files of a checkpoint that `restore` reads on this rank, which owns these
-    blocks, and no others. has_common: whether it holds what all blocks share; blocks that were
-    saved by themselves leave none."""
+    """Names the files of a checkpoint that `restore` reads on a rank that owns these blocks.
+
+    has_common: whether it holds what all blocks share; blocks that were saved by themselves leave
+    none.
+    """
     has_ema, is_coordinator = config.train.ema_decay > 0, topology.is_coordinator
     optimizer = [optimizer_file(SHARED)]
     ema = [ema_file(SHARED)] if has_ema else []
@@ -207,8 +213,12 @@ def files_to_restore(
 
 
 def mean_shared(checkpoint: Checkpoint, num_blocks: int) -> dict[str, Tensor]:
-    """The mean of the blocks' own shared modules: the common parameters of blocks that were saved
-    by themselves. Summed in block order, as `coordinator` does. Raises CheckpointError."""
+    """Returns the mean of the blocks' private shared modules.
+
+    These are the common parameters of blocks that were saved by themselves. Summed in block order,
+    as
+    `shared_sync` does. Raises CheckpointError.
+    """
     first: dict[str, Tensor] = {}
     total: dict[str, Tensor] = {}
     same: set[str] = set()

@@ -1,9 +1,10 @@
-"""Data parallelism inside a block: its copies share each batch, by DDP, FSDP2 or DeepSpeed ZeRO.
+"""Data parallelism inside a block: its copies share each batch.
 
-An engine wraps one block and owns its optimizer. Whatever it splits among the copies, it takes and
-gives whole tensors by name, so checkpoints know nothing of it, and it never touches a rank outside
-the block. Frozen parameters and buffers are stored as all others, and have no optimizer state.
-Shared modules stay outside the engines: `SharedTensors` has theirs.
+They do so by DDP, FSDP2 or DeepSpeed ZeRO. An engine wraps one block and owns its optimizer.
+Whatever it splits among the copies, it takes and gives whole tensors by name, so checkpoints know
+nothing of it, and it never touches a rank outside the block. Frozen parameters and buffers are
+stored as all others, and have no optimizer state. Shared modules stay outside the engines:
+`SharedTensors` has theirs.
 """
 
 import math
@@ -95,8 +96,11 @@ class Engine(Protocol):
 
 
 def clip(engine: Engine, shared: SharedTensors, max_norm: float | None) -> tuple[Tensor, Tensor]:
-    """(norm, scale): the global gradient norm over a block and its local shared modules, whose
-    gradients are scaled here; the block's are to be scaled in its step. Stays inside the block."""
+    """Returns the gradient norm over a block and its shared modules, and the factor to clip.
+
+    The shared modules' gradients are scaled here; the block's are to be scaled in its step. Stays
+    inside the block.
+    """
     gradients = shared.gradients
     block_norm = engine.grad_norm()
     shared_norm = total_norm(list(gradients.views.values()) or gradients.segments)

@@ -1,4 +1,4 @@
-"""FSDP2 inside a block: weights, gradients and optimizer state are split among the block's copies.
+"""FSDP2 inside a block: weights, gradients and optimizer state are split among its copies.
 
 A module of its own, imported where it is used: torch's distributed tensors take half a second.
 """
@@ -22,10 +22,11 @@ from dbdist.tensors import Named, complete, named_tensors, tie, ties_of, trained
 
 
 class Fsdp:
-    """A block split layer by layer; a layer is whole only while it computes. See `engine.Engine`.
+    """A block split layer by layer; a layer is whole only while it computes.
 
-    Source: FSDP2, torch.distributed.fsdp.fully_shard. What it takes as one must be of one dtype:
-    modules of another than most of their layer are split by themselves.
+    See `engine.Engine`. Source: FSDP2, torch.distributed.fsdp.fully_shard. What it takes as one
+    must be
+    of one dtype: modules of another than most of their layer are split by themselves.
     """
 
     split = split.FSDP

@@ -1,4 +1,4 @@
-"""What each engine splits among the copies of a block: said once, for engines and `dbdist plan`."""
+"""What each engine splits among the copies of a block, for engines and `dbdist plan`."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO inside a block: optimizer state (stage 1), gradients (2) and weights (3) are split
-among the block's copies, optionally in host memory.
+"""DeepSpeed ZeRO inside a block: what it splits, it splits among the block's copies.
 
-The settings are a standard DeepSpeed JSON file, less what the run's configuration says already.
+That is the optimizer state (stage 1), gradients (2) and weights (3), optionally in host memory. The
+settings are a standard DeepSpeed JSON file, less what the run's configuration says already.
 DeepSpeed sees one data-parallel group, the block's copies; the block's number never reaches it.
 """
 
@@ -229,8 +229,12 @@ def _check_dtypes(trained: Mapping[str, nn.Parameter], stage: int) -> None:
 
 
 class _Copies:
-    """What DeepSpeed asks of a model-parallel unit. It sees a model of one part (its rank in it is
-    0 on every block: with another one it silently stops clipping) and the block's copies."""
+    """What DeepSpeed asks of a model-parallel unit.
+
+    It sees a model in one piece and the block's copies. Its rank in the model is 0 on every block:
+    with
+    another one DeepSpeed silently stops clipping.
+    """
 
     def __init__(self, topology: Topology) -> None:
         self._copies = topology.own_group()
