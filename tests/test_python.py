@@ -44,6 +44,7 @@ def test_python_trains_evaluates_and_continues(tmp_path):
         (ConfigError, lambda: dbdist.train({}, train__lrr=1)),
         (ConfigError, lambda: dbdist.train({"train": {"max_steps": -1}})),
         (ConfigError, lambda: dbdist.evaluate("nowhere")),
+        (ConfigError, lambda: dbdist.train(SMALL, run_dir="caf\udce9", train__max_steps=1)),
         (CheckpointError, lambda: dbdist.train(SMALL, train__max_steps=1, checkpoint__resume=True)),
     ],
 )

@@ -8,6 +8,7 @@ The runs have parallel.sync never or every. OUT keeps the configuration of RUN_A
 import dataclasses
 import hashlib
 import os
+import shlex
 import shutil
 import sys
 import uuid
@@ -94,7 +95,7 @@ def run(argv: list[str]) -> None:
         print(f"block {block} of step {step} from {source.path}")
     if changed := sorted(set(_training_differences(runs))):
         print(f"{out} continues with {runs[0].path}'s {', '.join(changed)}")
-    print(f"{out}: dbdist evaluate --run_dir {out}")
+    print(f"{out}: dbdist evaluate {shlex.quote(str(out))}")
 
 
 def open_run(path: Path) -> Run:

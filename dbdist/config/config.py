@@ -235,7 +235,10 @@ def _check_values(config: Config) -> None:
 
 def _check_name(key: str, value: str) -> None:
     try:
-        longest = max(map(len, os.fsencode(value).split(b"/")))
+        name = os.fsencode(value)
+        longest = max(map(len, name.split(b"/")))
+        if key == "run_dir":
+            name.decode()  # safetensors opens no other names
     except UnicodeError:
         longest = 0
     if "\0" in value or not 0 < longest < 256 or len(value) > 2000:

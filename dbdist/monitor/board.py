@@ -126,4 +126,7 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value if isinstance(value, bool | int | float) else str(value)
+            is_number = isinstance(value, bool | int | float)
+            # A file's name may be no UTF-8.
+            shown = value if is_number else str(value).encode(errors="backslashreplace").decode()
+            yield f"{prefix}{key}", shown

@@ -6,6 +6,7 @@ are the task's. `display` shows the progress, `record_files` and `board` write t
 has the pictures drawn.
 """
 
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -150,7 +151,7 @@ class Monitor(AbstractContextManager["Monitor"]):
         self._end(rows, elapsed_s, peak_mb, [])
         if complete_step is not None:
             self.message(f"to evaluate step {complete_step}, which all blocks have:")
-            self.message(f"  dbdist evaluate --run_dir {self._run_dir}")
+            self.message(f"  dbdist evaluate {shlex.quote(str(self._run_dir))}")
 
     def _end(
         self,

@@ -83,7 +83,7 @@ def test_the_newest_common_step_of_each_block_is_taken_from_its_run(three, tmp_p
     assert find_checkpoint(out, 8).manifest["config"]["run_dir"] == str(out)
     printed = capsys.readouterr().out
     assert f"block 1 of step 8 from {three[1]}" in printed
-    assert f"dbdist evaluate --run_dir {out}" in printed
+    assert f"dbdist evaluate {out}" in printed
     (checkpoint.path / "manifest.json").unlink()
     assert find_checkpoint(out).step == 8, "the parts are a checkpoint as well"
 

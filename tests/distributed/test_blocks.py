@@ -78,7 +78,7 @@ def test_a_job_trains_its_block_by_itself_and_says_what_is_there(machine, tmp_pa
     assert complete_steps(folder) == []
     assert read_config(folder).parallel.blocks is None
     train_here(folder, 2)
-    assert f"dbdist evaluate --run_dir {folder}" in capsys.readouterr().out
+    assert f"dbdist evaluate {folder}" in capsys.readouterr().out
     assert complete_steps(folder) == [8, 12]
     assert_same_weights(folder, joint)
     assert_same_weights(folder, joint, 8)
