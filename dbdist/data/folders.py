@@ -60,17 +60,16 @@ class Found:
         said = []
         if self.skipped:
             kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.skipped.items()))
-            total = self.skipped.total()
-            said.append(f"{total} files that look like pictures are left out ({kinds})")
+            said.append(f"left out, as pictures of other kinds: {kinds}")
         if self.num_loose:
-            said.append(f"{self.num_loose} pictures that lie in no class folder are left out")
+            said.append(f"left out, as pictures in no class folder: {self.num_loose}")
         for kind, links in (
             ("links that lead nowhere", self.dead_links),
             ("links to folders that count already", self.loops),
         ):
             if links:
                 more = f" and {len(links) - 3} more" * (len(links) > 3)
-                said.append(f"{kind} are left out: {', '.join(map(shown, links[:3]))}{more}")
+                said.append(f"left out, as {kind}: {', '.join(map(shown, links[:3]))}{more}")
         return said
 
 

@@ -22,7 +22,7 @@ from dbdist.checkpoint.same_data import (
 )
 from dbdist.config.config import Config
 from dbdist.data.base import Dataset
-from dbdist.data.found import identity_of
+from dbdist.data.found import describe_found, identity_of
 from dbdist.data.sources import dataset_spec, load_dataset, prepare
 from dbdist.errors import CheckpointError, ConfigError
 from dbdist.monitor.levels import Levels, levels_of
@@ -178,6 +178,7 @@ def build_trainer(run: Run, monitor: Monitor | None) -> Trainer:
         topology.check_agreement(trainer.state.describe_parameters())
     rows = topology.gather(trainer.state.ownership())
     if monitor is not None:
+        monitor.message(describe_found(run.train_set, run.test_set))
         monitor.ownership(rows)
         if checkpoint is not None:
             monitor.message(f"continuing from step {checkpoint.step} ({checkpoint.path})")

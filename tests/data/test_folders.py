@@ -81,8 +81,8 @@ def test_pictures_are_known_by_ending_or_content_and_others_are_counted(tmp_path
     assert names(data) == [f"train/cat/{name}" for name in used]
     train, test = load(data), load(data, "test")
     assert describe_found(train, test) == (
-        "train 8 images of 1 class, test 1; 4 files that look like pictures are left out "
-        "(1 .bak, 2 .heic, 1 .svg)"
+        "train 8 images of 1 class, test 1; left out, as pictures of other kinds: 1 .bak, 2 .heic, "
+        "1 .svg"
     )
 
 
@@ -91,7 +91,7 @@ def test_pictures_in_no_class_folder_are_counted(tmp_path: Path) -> None:
     for name in ("a.png", "b.JPG", "classes.txt"):
         write_image(tmp_path / "train/cat/x.png")
         (tmp_path / "train/cat/x.png").rename(tmp_path / "train" / name)
-    assert load(data).remarks == ["2 pictures that lie in no class folder are left out"]
+    assert load(data).remarks == ["left out, as pictures in no class folder: 2"]
 
 
 def test_a_name_that_is_not_utf8_is_trained_on(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_links_that_lead_nowhere_are_left_out_and_named(tmp_path: Path) -> None:
     train = load(data)
     assert len(train) == 4
     (remark,) = train.remarks
-    assert "links that lead nowhere are left out" in remark
+    assert "left out, as links that lead nowhere: " in remark
     assert f"{tmp_path}/train/dog/dead2.png and 3 more" in remark
     (tmp_path / "train/eel").symlink_to("nowhere")
     assert f"{tmp_path}/train/eel is a link that leads nowhere" in refusal(data)
