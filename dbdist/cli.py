@@ -55,3 +55,12 @@ def main(argv: list[str] | None = None) -> None:
     else:
         fail("dbdist", unknown("command", command, COMMANDS))
     run(rest)
+
+
+def __getattr__(name: str) -> object:
+    """`parse_config`, which scripts import from here; it lives in `dbdist.config.parse`."""
+    if name == "parse_config":
+        from dbdist.config.parse import parse_config
+
+        return parse_config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

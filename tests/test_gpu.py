@@ -5,12 +5,14 @@ Ranks are the pool's: each makes its CUDA context once, for all tests.
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from machine import SMALL
+from machine import ROOT, SMALL
 from ranks import config_of, setup_of
 from reading import lines_of, tensors_of
 
@@ -291,12 +293,20 @@ def test_nccl_connects_one_rank_per_gpu(ranks, tmp_path):
     assert_losses_agree(tmp_path / DEVICE, tmp_path / "cpu", rel=1e-4)
 
 
-def test_commands_under_torchrun_train_and_evaluate_on_a_gpu(machine, tmp_path):
+def torchrun(*words):
+    """What three ranks of torchrun print: real processes, as forks cannot share CUDA."""
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"
+    command = [sys.executable, *launcher, "-m", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_commands_under_torchrun_train_and_evaluate_on_a_gpu(tmp_path):
     words = (*SMALL, "--device", DEVICE, "--train.max_steps", 4, "--run_dir", tmp_path)
-    printed = machine.finish(machine.python("dbdist.train", *words, ranks=3), timeout_s=60)
+    printed = torchrun("dbdist.train", *words)
     assert DEVICE in printed, "the table says where each rank computes"
-    evaluate = "dbdist.evaluate", "--run_dir", tmp_path
-    machine.finish(machine.python(*evaluate, ranks=3), timeout_s=60)
+    torchrun("dbdist.evaluate", "--run_dir", tmp_path)
 
 
 LIMITED = """
