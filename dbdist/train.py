@@ -1,4 +1,4 @@
-"""Trains, or continues where the run directory left off: `torchrun … -m dbdist.train CONFIG`.
+"""Trains, or continues a run: `torchrun … -m dbdist.train CONFIG`.
 
 CONFIG is a YAML file or the name of a preset (`dbdist configs`); options come after it, and win.
 From Python: `dbdist.train(CONFIG, train__lr=1e-3)`.

@@ -99,8 +99,10 @@ def run(argv: list[str]) -> None:
 
 
 def open_run(path: Path) -> Run:
-    """A run and what its blocks have saved. Raises ConfigError or CheckpointError where there is
-    nothing to take a block from."""
+    """Reads a run and what its blocks have saved.
+
+    Raises ConfigError or CheckpointError where there is nothing to take a block from.
+    """
     config = read_config(path)
     if config is None:
         raise ConfigError(f"{path} holds no run (config.yaml is missing); give a trained one")
@@ -170,8 +172,12 @@ def parse_sources(words: Sequence[str], runs: Sequence[Run]) -> dict[int, Run]:
 def choose(
     runs: Sequence[Run], step: int | None, sources: Mapping[int, Run]
 ) -> tuple[int, list[Run]]:
-    """The step, by default the newest at which every block is somewhere, and each block's run.
-    Raises CheckpointError for a block in none or, without a source, in several."""
+    """Chooses the step and each block's run.
+
+    The step is by default the newest at which every block is somewhere. Raises CheckpointError for
+    a
+    block in none or, without a source, in several.
+    """
     blocks = range(runs[0].num_blocks)
 
     def owners(block: int, at: int) -> list[Run]:
@@ -214,8 +220,10 @@ def merged_config(runs: Sequence[Run], out: Path) -> Config:
 
 
 def write_run(out: Path, config: Config, step: int, chosen: Sequence[Run]) -> None:
-    """OUT, whole or not at all. Raises CheckpointError for a damaged file and where OUT cannot be
-    written."""
+    """Writes OUT, whole or not at all.
+
+    Raises CheckpointError for a damaged file and where OUT cannot be written.
+    """
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{out} exists and is not empty; give another OUT")

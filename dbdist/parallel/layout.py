@@ -96,8 +96,7 @@ class Layout:
         return tuple(places)
 
     def check(self, world_size: int) -> None:
-        """Raises TopologyError, saying which number of processes fits, for a world of another
-        size."""
+        """Raises TopologyError, naming the number that fits, for a world of another size."""
         if world_size == self.world_size:
             return
         blocks, replicas = self.num_blocks, self.num_replicas

@@ -222,8 +222,7 @@ class Averaged:
         """An average has arrived when `step` returns: it is rare."""
 
     def take_over(self) -> None:
-        """Makes the coordinator's parameters and buffers, which come from elsewhere, the common
-        ones."""
+        """Makes the coordinator's parameters and buffers, just read, the common ones."""
         own = {**self._shared.parameters, **self._buffers()}
         with torch.no_grad():
             for name, tensor in self.anchor.items():

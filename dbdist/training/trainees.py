@@ -1,4 +1,4 @@
-"""The blocks in training: in which order they take their steps, and where each is in its data."""
+"""The blocks in training: the order of their steps, and where each is in its data."""
 
 import torch
 

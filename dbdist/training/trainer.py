@@ -1,5 +1,6 @@
-"""The training loop, the same for all modes:
-batch → target → noise → denoise → loss → backward → reduce → step → record.
+"""The training loop, the same for all modes.
+
+    batch → target → noise → denoise → loss → backward → reduce → step → record
 
 Each rank owns one block (block_parallel), every block (sequential) or the whole model as one block
 (end_to_end), and a copy of the shared modules, which `parallel.coordinator` keeps up to date. All
@@ -56,9 +57,11 @@ class Trainer:
         blocks: list[int] | None = None,
         monitor: Monitor | None = None,
     ) -> None:
-        """checkpoint: where to continue. blocks: to train; None: those of the mode and the
-        topology. monitor: on rank 0, if records are kept. Raises ConfigError, CheckpointError or
-        TopologyError."""
+        """Builds what this rank trains. Raises ConfigError, CheckpointError or TopologyError.
+
+        checkpoint: where to continue. blocks: to train; None: those of the mode and the
+        topology. monitor: on rank 0, if records are kept.
+        """
         config = setup.config
         self.setup, self.config, self.topology = setup, config, topology
         self.train_set, self.test_set = train_set, test_set
@@ -131,8 +134,7 @@ class Trainer:
         return evaluation
 
     def train_step(self, step: int) -> None:
-        """One step of every block: of this rank's, or in sequential mode of num_blocks random ones.
-        A dedicated coordinator has none; it only reduces, steps and broadcasts."""
+        """Takes a step of every block of this rank; of random ones in sequential mode."""
         for turn, block in enumerate(order := self._order[step]):
             self._set_lr(step + turn / len(order))
             self._step_block(self.trainees[block])
@@ -162,8 +164,7 @@ class Trainer:
     # The step
 
     def _step_block(self, trainee: Trainee) -> None:
-        """One optimizer step. The labelled phases show in torch's profiler and
-        `dbdist.bench.step`."""
+        """Takes one optimizer step, in phases that torch's profiler shows."""
         start = time.perf_counter()
         owned, state, parts = trainee.owned, self.state, self.config.train.accumulation_steps
         with self._phase("load"):
@@ -253,8 +254,10 @@ class Trainer:
             self.state.step_shared(steps_done)
 
     def _settle(self, *, is_read: bool = False) -> None:
-        """Waits for what the last step has left on its way. is_read: weights and buffers are about
-        to be saved, scored or compared; then collective."""
+        """Waits for what the last step has left on its way.
+
+        is_read: weights and buffers are about to be saved, scored or compared; then collective.
+        """
         with self._phase("sync"):
             self.state.settle()
             if is_read:
