@@ -4,8 +4,8 @@
 
 One process trains one block (`--block`; it sends nothing to other ranks) with the configuration's
 own loader. Whole steps are timed first; then, in further steps, their phases, each of which waits
-for the GPU. Without the dataset's files, random images of the same form take their place, which
-the result says. Prints a table and one line of JSON for each `--variant`.
+for the GPU. Without the dataset's files, random images of the same form take their place, which the
+result says. Prints a table and one line of JSON for each `--variant`.
 """
 
 import dataclasses

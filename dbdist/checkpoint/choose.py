@@ -56,9 +56,9 @@ class Candidates:
     ) -> None:
         """Sets what the checkpoint has to fulfil.
 
-        model: what the checkpoint must agree with. fallback: whether an older one will do where
-        the newest is damaged. is_training: it will be continued. blocks: those that it must have;
-        None: all.
+        model: what the checkpoint must agree with. fallback: whether an older one will do where the
+        newest is damaged. is_training: it will be continued. blocks: those that it must have; None:
+        all.
         """
         self._run_dir, self._folder = run_dir, run_dir / "checkpoints"
         self._topology, self._model, self._needs = topology, model, needs

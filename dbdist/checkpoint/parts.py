@@ -64,9 +64,8 @@ def _is_entry(entry: Any) -> bool:
 def has_all(path: Path) -> bool:
     """Says whether a folder without a manifest is a checkpoint: every block has a report there.
 
-    At least one block was saved without waiting for others: reports that were written together
-    wait for
-    their manifest, which comes after the metrics.
+    At least one block was saved without waiting for others: reports that were written together wait
+    for their manifest, which comes after the metrics.
     """
     blocks = blocks_in(path)
     for block in blocks:
@@ -95,8 +94,7 @@ def join_parts(parts: Sequence[Part], places: Sequence[Path]) -> dict[str, Any]:
     """Joins the blocks' reports to the content of a manifest, without its format.
 
     places: where each report comes from, for the error. Raises CheckpointError where they are not
-    of
-    one model.
+    of one model.
     """
     first = parts[0]
     for part, place in zip(parts, places, strict=True):

@@ -175,8 +175,7 @@ def choose(
     """Chooses the step and each block's run.
 
     The step is by default the newest at which every block is somewhere. Raises CheckpointError for
-    a
-    block in none or, without a source, in several.
+    a block in none or, without a source, in several.
     """
     blocks = range(runs[0].num_blocks)
 

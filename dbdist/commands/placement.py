@@ -75,8 +75,7 @@ def _spreads(layout: Layout, cluster: Cluster) -> Iterator[list[int]]:
     """Yields numbers of ranks for each node.
 
     Either whole blocks on each, as many as fit, and what is left over wherever there is room; or
-    equal
-    numbers.
+    equal numbers.
     """
     size, gpus, left = layout.num_replicas, cluster.gpus_per_node, layout.world_size
     counts = []

@@ -28,8 +28,7 @@ def require_file(path: Path) -> os.stat_result:
     """Returns what the file system says of a file.
 
     Raises DataError where it is missing or no plain file. Call it before opening: a named pipe in
-    place
-    of a file is waited for without end.
+    place of a file is waited for without end.
     """
     try:
         status = path.stat()

@@ -107,8 +107,7 @@ def checkpoint_of_run(config: Config, topology: Topology, model: Mapping[str, An
     """Returns the checkpoint of `eval.step`, or the newest one. Collective.
 
     With `checkpoint.fallback` it is the newest intact one. What this rank needs of it is intact.
-    model:
-    what it must agree with. Raises CheckpointError.
+    model: what it must agree with. Raises CheckpointError.
     """
     run_dir = Path(config.run_dir)
     blocks = range(config.num_blocks)

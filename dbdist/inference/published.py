@@ -1,8 +1,7 @@
 """Weights of the published ViT code: read, run exactly as published, and convert them.
 
 The published model differs from ours in names, in separate query, key and value projections, and in
-the sampler's choice of block where a grid point falls on a boundary (float32 rounding decides
-there).
+the sampler's choice of block where a grid point falls on a boundary (float32 rounding decides).
 """
 
 import logging
@@ -104,10 +103,7 @@ class PublishedConfig:
 
 
 class PublishedViT(nn.Module):
-    """The published model: `denoise` is its forward pass, `sample` its evaluation.
-
-    It is in evaluation mode, without dropout.
-    """
+    """The published model in evaluation mode: `denoise` runs a block, `sample` all."""
 
     def __init__(self, config: PublishedConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -159,9 +155,8 @@ class PublishedViT(nn.Module):
         """Logits (N, K) after the whole chain.
 
         images: (N, C, S, S). z_init: (N, D), the first state, already at the scale of the highest
-        level.
-        num_steps: evaluations from sigma 80 to 0.002. label_table: as published (raw), or as in
-        training.
+        level. num_steps: evaluations from sigma 80 to 0.002. label_table: as published (raw), or as
+        in training.
         """
         if label_table not in ("raw", "normalized"):
             raise ValueError(f"label_table is {label_table!r}; it must be 'raw' or 'normalized'")
@@ -189,8 +184,7 @@ def published_block_of_step(schedule: NoiseSchedule, num_steps: int) -> list[int
     """Returns the block that the published sampler runs at each step.
 
     It compares a float32 grid with float64 boundaries, so a grid point on a boundary falls to
-    either
-    side, and a block may be left out.
+    either side, and a block may be left out.
     """
     sigmas = (
         torch.tensor(schedule.levels(num_steps)).float().double()
@@ -279,10 +273,7 @@ ANCHOR = "vit.embeddings.patch_embeddings.projection.weight"
 def _read(
     source: str | PathLike[str] | Mapping[str, Tensor],
 ) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """Returns a name for messages, the model's tensors by their names, and sizes beside them.
-
-    Says what else the file holds and is not read.
-    """
+    """Returns a name for messages, the tensors, and sizes; warns of what it does not read."""
     if isinstance(source, Mapping):
         path = Path("state dict")
         found = unwrapped(path, source, ANCHOR)

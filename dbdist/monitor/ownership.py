@@ -38,8 +38,7 @@ def ownership_table(rows: Iterable[Ownership], level: str, width: int) -> Table:
     """Who owns what, as wide as the terminal.
 
     level: what the levels are called, if there are any. The columns that matter least give way
-    where it
-    is narrow.
+    where it is narrow.
     """
     rows = sorted(rows, key=lambda row: row.rank)
     marks = ["*" if row.owns_shared else " " for row in rows]

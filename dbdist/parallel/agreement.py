@@ -21,8 +21,7 @@ def find_difference(
     """Returns the first key that two ranks have otherwise; None if all agree. Collective.
 
     It reads `rank 2 has train.lr 0.002, rank 0 0.001`. ranks: the group's. Only digests travel as
-    long
-    as they agree.
+    long as they agree.
     """
     own = {key: json.loads(json.dumps(value)) for key, value in facts.items()}
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()

@@ -1,10 +1,8 @@
 """Inference across ranks: states flow from block to block, in micro-batches.
 
 They are sent point to point. While block 1 works on the first micro-batch, block 0 is at the
-second,
-and so on. Conditions never travel: each rank loads its own. Knows nothing of what a state or a
-block
-is.
+second, and so on. Conditions never travel: each rank loads its own. Knows nothing of what a state
+or a block is.
 """
 
 from collections import deque

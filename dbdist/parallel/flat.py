@@ -19,8 +19,7 @@ class FlatBuffer:
     """Named tensors end to end: dtype after dtype, each in order of names.
 
     Tensors of odd sizes come last, so that the others stay aligned in memory. Of no tensors it
-    holds one
-    number without a name, because an empty message is none.
+    holds one number without a name, because an empty message is none.
     """
 
     def __init__(
@@ -32,9 +31,8 @@ class FlatBuffer:
     ) -> None:
         """Allocates memory for tensors of these names, shapes and dtypes.
 
-        like: the tensors. wire_device: None: the same device. multiple_of: what each dtype's
-        number of
-        elements is filled up to.
+        like: the tensors. wire_device: None: the same device. multiple_of: what each dtype's number
+        of elements is filled up to.
         """
         # Order matters: every rank walks the same names in the same order.
         names = sorted(like, key=lambda name: (like[name].numel() % 16 > 0, name))

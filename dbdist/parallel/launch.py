@@ -90,8 +90,7 @@ class Launch:
         """Returns the launcher's key-value store, under a prefix that only this start has.
 
         A restarted world must not read the addresses of the one before. Raises TopologyError when
-        the ranks
-        have not met in time; rank 0 says who is missing.
+        the ranks have not met in time; rank 0 says who is missing.
         """
         import torch.distributed as dist
 
@@ -115,8 +114,7 @@ class Launch:
         """Returns a name for this start, the same on every rank.
 
         Rank 0 invents it and sends it in answer to each rank's own new name; what an earlier start
-        has left
-        in the store answers nobody.
+        has left in the store answers nobody.
         """
         name = uuid.uuid4().hex
         if self.rank > 0:
@@ -166,8 +164,7 @@ class Launch:
         """Waits until every rank is about to leave after a user's mistake, or `seconds` are over.
 
         The launcher would end the others when the first has left: instead they all leave by
-        themselves,
-        each with its message and exit code.
+        themselves, each with its message and exit code.
         """
         if self.world_size == 1:
             return

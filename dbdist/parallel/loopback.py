@@ -3,8 +3,8 @@
     torchrun --rdzv-backend=loopback --nproc_per_node=3 -m dbdist.train …
 
 torchrun's own (`--standalone`) listens on every interface, unauthenticated. torchrun finds this one
-by the entry point `torchrun.handlers`, and imports it in each of its runs: so of dbdist nothing
-but `reports` is imported here.
+by the entry point `torchrun.handlers`, and imports it in each of its runs: so of dbdist nothing but
+`reports` is imported here.
 """
 
 import socket

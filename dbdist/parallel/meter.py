@@ -12,8 +12,7 @@ class Meter:
     """Payload bytes of tensors since the start, by kind.
 
     Kinds: `shared` (gradients and parameters of shared modules), `replica` (gradients among the
-    copies
-    of a block), `chain` (states at inference), `metrics` (sums over ranks).
+    copies of a block), `chain` (states at inference), `metrics` (sums over ranks).
     """
 
     sent: Counter[str] = field(default_factory=Counter)

@@ -71,8 +71,7 @@ def check_state(
     """Raises CheckpointError, naming the tensor, unless the state is one of these parameters.
 
     Names and kinds are known, shapes right, every value floating-point. together: parameters that
-    have
-    a state all or none.
+    have a state all or none.
     """
     wanted = set(kinds)
     for name, own in state.items():

@@ -128,8 +128,7 @@ def hearing_signals(
     """Lets signals ask all ranks to stop after a common step.
 
     say: shows a line; None leaves signals to others. grace_s: the time that this rank gets to save
-    its
-    own work once another is stuck.
+    its own work once another is stuck.
     """
     if say is None or threading.current_thread() is not threading.main_thread():
         yield

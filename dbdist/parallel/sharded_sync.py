@@ -20,10 +20,9 @@ from dbdist.parallel.topology import Topology
 class Sharded:
     """As `Coordinated`, with the optimizer split over all ranks.
 
-    Gradients are reduce-scattered, each rank steps its shard of the parameters laid end to end,
-    and the
-    shards are gathered. The same numbers, to rounding: AdamW works element by element. Source: ZeRO
-    (1910.02054), stage 1.
+    Gradients are reduce-scattered, each rank steps its shard of the parameters laid end to end, and
+    the shards are gathered. The same numbers, to rounding: AdamW works element by element. Source:
+    ZeRO (1910.02054), stage 1.
     """
 
     def __init__(

@@ -45,9 +45,8 @@ class Local:
     def step(self, step: int, is_skipped: bool = False) -> None:
         """Takes a step of the shared modules.
 
-        step: steps of the block taken so far, this one included. is_skipped: this block
-        contributes nothing
-        to this one.
+        step: steps of the block taken so far, this one included. is_skipped: this block contributes
+        nothing to this one.
         """
         if self.optimizer is not None and not is_skipped:
             self.optimizer.step()

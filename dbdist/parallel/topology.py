@@ -188,8 +188,8 @@ class Topology:
 def choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.device:
     """Returns this rank's device.
 
-    That is its own GPU among the visible ones, shared where there are fewer. Raises ConfigError
-    for cuda without a GPU.
+    That is its own GPU among the visible ones, shared where there are fewer. Raises ConfigError for
+    cuda without a GPU.
     """
     has_gpu = torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
@@ -282,8 +282,7 @@ def _every_rank_has_its_own_gpu(device: torch.device | None, world_size: int) ->
     """Says whether NCCL can connect all ranks, as it refuses two on one GPU. Collective.
 
     The GPUs' own names decide, not their number: one launcher shows each process its GPU, another
-    all
-    of them.
+    all of them.
     """
     own = None
     if device is not None:

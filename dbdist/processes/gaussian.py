@@ -36,10 +36,8 @@ class NoiseSchedule(Partition):
 
     The bounds are [sigma_min, sigma_max]. Block 0 owns the highest noise. A *level* in [0, 1] is a
     position between sigma_min (0) and sigma_max (1) in the coordinate that the partition cuts
-    evenly:
-    probability mass for `equal_probability`, ln sigma for `uniform`. sigma and sigma_data are in
-    units
-    of the data. Raises ConfigError for bounds that leave nothing to sample.
+    evenly: probability mass for `equal_probability`, ln sigma for `uniform`. sigma and sigma_data
+    are in units of the data. Raises ConfigError for bounds that leave nothing to sample.
     """
 
     num_blocks: int

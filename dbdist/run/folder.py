@@ -65,9 +65,8 @@ def check_run_dir(config: Config) -> None:
     """Raises an error if this configuration may not continue what the run directory holds.
 
     It is a CheckpointError if there is something to continue against `checkpoint.resume`, a
-    ConfigError
-    that names the first key that differs if the run is one of another configuration. Nothing is
-    changed, and no data is needed.
+    ConfigError that names the first key that differs if the run is one of another configuration.
+    Nothing is changed, and no data is needed.
     """
     run_dir, blocks = Path(config.run_dir), config.trained_blocks
     steps = [step_of(path) for path in saved_folders(run_dir / "checkpoints", blocks)]

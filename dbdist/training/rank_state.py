@@ -126,11 +126,9 @@ class RankState:
     def clip_gradients(self, owned: OwnedBlock, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Averages the shared gradients over the replicas and clips the global norm.
 
-        The norm of block and shared modules is held to `train.clip_norm`. Returns that norm
-        before, and the
-        factor that the block's step has still to apply. The norm is the same on all replicas, and
-        not
-        finite if any gradient, or any replica's loss, is not.
+        The norm of block and shared modules is held to `train.clip_norm`. Returns that norm before,
+        and the factor that the block's step has still to apply. The norm is the same on all
+        replicas, and not finite if any gradient, or any replica's loss, is not.
         """
         self.shared_tensors.note_loss(loss)
         self.shared_tensors.average_gradients()
@@ -162,8 +160,7 @@ class RankState:
         """Gives every copy of a module its leader's buffers. Collective.
 
         For shared modules that all blocks have in common, these are block 0's. Before anything is
-        saved,
-        scored or compared.
+        saved, scored or compared.
         """
         topology, has_copies = self.topology, self.config.has_copies
         shared = buffers_of(self.shared)
@@ -189,8 +186,7 @@ class RankState:
         """Returns the first difference between weights that several ranks hold in common.
 
         These are copies of a block, and the shared modules where all have the same. Collective
-        among those
-        ranks.
+        among those ranks.
         """
         topology = self.topology
         is_common = not self.config.has_copies
@@ -207,8 +203,7 @@ class RankState:
         """Sets the learning rate: linear warm-up, then constant or half a cosine.
 
         progress: steps of each block done before. last_step: where the cosine ends unless the
-        configuration
-        says.
+        configuration says.
         """
         t = self.config.train
         factor = 1.0

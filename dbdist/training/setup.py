@@ -258,9 +258,8 @@ def check_not_ahead(
     """Raises ConfigError where a joint run would replace what blocks did by themselves.
 
     With `sync: every` that is where blocks have trained by themselves beyond the step from which
-    the
-    joint run would start. (With `never` it would come to the same.) damaged: folders that do not
-    count.
+    the joint run would start. (With `never` it would come to the same.) damaged: folders that do
+    not count.
     """
     start = checkpoint.step if checkpoint else 0
     if config.shared != "averaged":

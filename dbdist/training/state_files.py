@@ -103,8 +103,7 @@ def restore(state: RankState, checkpoint: Checkpoint) -> None:
     """The inverse of `files_of`, whichever topology wrote the files. Collective.
 
     Everything that this rank needs is read and checked, on all ranks, before the first weight
-    changes.
-    Raises CheckpointError.
+    changes. Raises CheckpointError.
     """
     topology, indices = state.topology, [owned.index for owned in state.blocks]
     with topology.agree("reading the checkpoint"):
@@ -216,8 +215,7 @@ def mean_shared(checkpoint: Checkpoint, num_blocks: int) -> dict[str, Tensor]:
     """Returns the mean of the blocks' private shared modules.
 
     These are the common parameters of blocks that were saved by themselves. Summed in block order,
-    as
-    `shared_sync` does. Raises CheckpointError.
+    as `shared_sync` does. Raises CheckpointError.
     """
     first: dict[str, Tensor] = {}
     total: dict[str, Tensor] = {}

@@ -25,8 +25,7 @@ class Fsdp:
     """A block split layer by layer; a layer is whole only while it computes.
 
     See `engine.Engine`. Source: FSDP2, torch.distributed.fsdp.fully_shard. What it takes as one
-    must be
-    of one dtype: modules of another than most of their layer are split by themselves.
+    must be of one dtype: modules of another than most of their layer are split by themselves.
     """
 
     split = split.FSDP

@@ -232,8 +232,7 @@ class _Copies:
     """What DeepSpeed asks of a model-parallel unit.
 
     It sees a model in one piece and the block's copies. Its rank in the model is 0 on every block:
-    with
-    another one DeepSpeed silently stops clipping.
+    with another one DeepSpeed silently stops clipping.
     """
 
     def __init__(self, topology: Topology) -> None:
