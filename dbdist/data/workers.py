@@ -5,6 +5,7 @@ within seconds. What a set has replaced is shown once for each sample, by the ma
 """
 
 import contextlib
+import gc
 import logging
 import multiprocessing.connection
 import multiprocessing.queues
@@ -128,6 +129,7 @@ def _from_workers(
         generator=torch.Generator(),  # else it draws a number from the global one
     )
     on_death = signal.getsignal(signal.SIGCHLD)
+    gc.collect()
     try:
         workers: Any = iter(loader)
     except OSError as error:
@@ -210,6 +212,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _start_worker(worker_id: int) -> None:
+    gc.freeze()  # garbage of the parent's may hold memory of a GPU, which a fork cannot give back
     os.setpgid(0, 0)  # launchers signal a rank's whole group, which means its main process
     signal.set_wakeup_fd(-1)  # signals of this process are not the main one's
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers

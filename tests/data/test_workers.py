@@ -1,5 +1,6 @@
 """Workers that load: what ends them, what they say, and that nothing waits for them."""
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -176,3 +177,35 @@ def test_damaged_pictures_are_replaced_the_same_way_by_any_workers_and_named_onc
     list(load_batches(load_dataset(data, "train"), KEYS, 0))
     assert sum("takes its place" in record.getMessage() for record in caplog.records) == 1
     assert all(torch.equal(seen[0], other) for other in seen)
+
+
+class Garbage:
+    """What only the process that made it may let go of, as memory of a GPU."""
+
+    def __init__(self, log: Path) -> None:
+        self.log, self.pid, self.itself = log, os.getpid(), self
+
+    def __del__(self) -> None:
+        if os.getpid() != self.pid:
+            self.log.write_text("let go of in a worker")
+
+
+class Collects(Points):
+    """A set whose reading collects garbage, as any code may."""
+
+    def __getitems__(self, keys: Any) -> Batch:
+        gc.collect()
+        return super().__getitems__(keys)
+
+
+def test_workers_do_not_let_go_of_what_their_parent_left(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    held = [Garbage(log)]
+    gc.disable()
+    try:
+        batches = test_batches(Collects(), 2, num_workers=1)
+        held.clear()
+        assert len([*batches]) > 1
+    finally:
+        gc.enable()
+    assert not log.exists()
