@@ -2,6 +2,7 @@
 
 import ast
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import dbdist
@@ -225,3 +226,9 @@ def test_nothing_unpickles_but_torch_and_what_torchvision_has_checked():
             if isinstance(node, ast.ClassDef):
                 assert not any("Unpickler" in ast.unparse(base) for base in node.bases), name
     assert any(called == "torch.load" for called, _ in calls_of("dbdist.inference.foreign_weights"))
+
+
+def test_names_of_test_files_are_unique():
+    """pytest imports them by their name."""
+    names = sorted(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert not [a for a, b in pairwise(names) if a == b]
