@@ -149,10 +149,12 @@ def config_of(*options: str) -> Config:
     from dbdist.config.parse import parse_config
 
     base = (
-        "model.num_layers=3 model.hidden_size=12 model.num_heads=2 model.patch_size=4 "
-        "train.batch_size=8 "
-        "train.max_steps=4 eval.batch_size=128 eval.micro_batch_size=50 train.lr=0.01"
+        "model.num_layers=3 train.batch_size=8 train.max_steps=4 eval.batch_size=128 "
+        "eval.micro_batch_size=50 train.lr=0.01"
     )
+    tasks = [option for option in options if option.startswith("task.name=")]
+    if tasks[-1:] in ([], ["task.name=classification"]):
+        base += " model.hidden_size=12 model.num_heads=2 model.patch_size=4"
     words = [f"--{option}" for option in (*base.split(), *options)]
     return parse_config("test", "", words).validate()
 
