@@ -141,11 +141,14 @@ class CheckpointWriter:
             self._write_later(step, files, about)
 
     def leave_others(self) -> None:
-        """Reports nothing and asks for nothing from now on: no other rank may be there."""
+        """Reports nothing and asks for nothing from now on: no other rank may be there.
+
+        A manifest that is being written still gets its time in `finish`.
+        """
         if not self._is_alone:
             with suppress(RuntimeError):  # the store is gone too
                 self.poll()
-            self._pending.clear()
+            self._pending = {s: p for s, p in self._pending.items() if p.completing is not None}
             self._is_alone = True
 
     def poll(self) -> None:
@@ -232,7 +235,9 @@ class CheckpointWriter:
 
     def _receive(self) -> None:
         """On rank 0: takes the reports that have arrived."""
-        for rank, report in self._mailbox.collect() if self._awaited else ():
+        if self._is_alone or not self._awaited:
+            return
+        for rank, report in self._mailbox.collect():
             self._pending.setdefault(report["step"], _Pending()).reports[rank] = report
 
     def _start_completing(self) -> None:
