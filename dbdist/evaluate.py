@@ -31,10 +31,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str]) -> None:
-    from dbdist.config.parse import parse_config
+    from dbdist.config.parse import config_of_folder, parse_config
 
     words = with_first("--run_dir", without_local_rank(argv))
-    parse_config("dbdist evaluate RUN", __doc__ or "", words)  # --help and mistakes need no torch
+    own = config_of_folder(words)
+    parse_config("dbdist evaluate RUN", __doc__ or "", words, first=own)  # mistakes need no torch
     announce("dbdist evaluate")
     from dbdist.run.folder import config_of_run
 

@@ -136,11 +136,8 @@ class Plan:
     def block_parameters(self) -> list[int]:
         """Of each block, without the shared modules."""
         config, meta = self.config, torch.device("meta")
-        counts: dict[int, int] = {}  # by number of layers: they are all alike
-        for block, layers in enumerate(config.layers_of_block):
-            if len(layers) not in counts:
-                counts[len(layers)] = count_parameters(self.setup.block(block, None, meta))
-        return [counts[len(layers)] for layers in config.layers_of_block]
+        blocks = range(config.num_blocks)
+        return [count_parameters(self.setup.block(block, None, meta)) for block in blocks]
 
     @cached_property
     def shared_parameters(self) -> int:

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
@@ -47,6 +48,21 @@ def parse_config(
     valid configuration; --help prints every key and exits.
     """
     return _parsed(prog, description, _pairs([*(first or []), *argv]))
+
+
+def config_of_folder(argv: list[str]) -> list[str]:
+    """Words that read RUN/config.yaml of the run that argv names with --run_dir; none without it.
+
+    `first` of `parse_config`: what the run's own task, data and model bring are options then.
+    """
+    run_dir: Any = None
+    for option, value in _pairs(argv):
+        if option == "--run_dir":
+            run_dir = value
+        elif isinstance(value, Mapping):
+            run_dir = value.get("run_dir", run_dir)
+    path = Path(str(run_dir)).expanduser() / "config.yaml"
+    return ["--config", str(path)] if run_dir is not None and path.is_file() else []
 
 
 def make_config(given: object, overrides: Mapping[str, Any]) -> Config:
@@ -191,6 +207,10 @@ _WHOLE = re.compile(r"[-+]?\d{1,15}(\.0*)?([eE]\+?\d)?")
 def _layer(values: Mapping[Any, Any], sections: Collection[str]) -> str:
     """YAML that sets these values; an empty section means its defaults."""
     filled = nested(values)
+    if "config" in filled:
+        raise ConfigError(
+            "config stands inside a configuration; give --config once for each file instead"
+        )
     for name in sections:
         *above, leaf = name.split(".")
         section: Any = filled

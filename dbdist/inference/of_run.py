@@ -58,7 +58,7 @@ def _evaluate(setup: Setup, topology: Topology, checkpoint: Checkpoint) -> Evalu
     with topology.agree("loading the data"):
         test_set = load_dataset(config.data, "test")
         check_test_set(config, test_set)
-        compare_data(checkpoint, test_set, topology)
+        other = compare_data(checkpoint, test_set, topology)
     own: dict[int, Denoiser] = {}
     with topology.agree("reading the checkpoint"):
 
@@ -74,27 +74,30 @@ def _evaluate(setup: Setup, topology: Topology, checkpoint: Checkpoint) -> Evalu
         setup, topology, test_set, own.__getitem__ if own else load, checkpoint.step
     )
     if topology.is_coordinator:
-        report(evaluation, _write(config, evaluation))
+        report(evaluation, _write(config, evaluation, other))
     return evaluation
 
 
-def compare_data(checkpoint: Checkpoint, test_set: Dataset, topology: Topology) -> None:
+def compare_data(checkpoint: Checkpoint, test_set: Dataset, topology: Topology) -> str | None:
     """Refuses classes or a scaling that the model was not trained with; raises CheckpointError.
 
-    Warns of another test set than the run's, on rank 0.
+    Warns of another test set than the run's, on rank 0. Returns the digest of such a one.
     """
     stored = checkpoint.manifest.get("data", {})
     test = {"num_samples": len(test_set), "digest": test_set.digest()}
     now = data_entry({**test_set.spec.identity(), "test": test})
     check_meaning(checkpoint.path, stored, now)
     warning = other_test_samples(checkpoint.path, stored, now)
-    if warning is not None and topology.is_coordinator:
+    if warning is None:
+        return None
+    if topology.is_coordinator:
         log.warning(warning)
+    return test_set.digest()
 
 
-def _write(config: Config, evaluation: Evaluation) -> str:
+def _write(config: Config, evaluation: Evaluation, other_test_set: str | None) -> str:
     """Writes the result; where it is, or that it could not be written."""
-    path = Path(config.run_dir) / evaluation_file(config, evaluation.step)
+    path = Path(config.run_dir) / evaluation_file(config, evaluation.step, other_test_set)
     try:
         write_json(path, evaluation.to_json())
     except OSError as error:

@@ -12,7 +12,7 @@ from dbdist.checkpoint.manifest import saved_folders
 from dbdist.checkpoint.names import blocks_in, step_folder, step_folders, step_of
 from dbdist.checkpoint.parts import differences
 from dbdist.config.config import Config
-from dbdist.config.parse import parse_config
+from dbdist.config.parse import config_of_folder, parse_config
 from dbdist.config.yaml_files import read_yaml, write_yaml
 from dbdist.errors import CheckpointError, ConfigError
 from dbdist.monitor.record_files import metrics_file
@@ -118,8 +118,10 @@ def claim(config: Config, num_train: int, step: int | None) -> None:
         raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror})") from None
 
 
-def evaluation_file(config: Config, step: int) -> str:
+def evaluation_file(config: Config, step: int, other_test_set: str | None = None) -> str:
     """The file in RUN for an evaluation with these settings.
+
+    other_test_set: digest of the test set, if the run was trained beside another one.
 
     evaluation.json holds what training itself would write: the newest checkpoint with the run's
     own settings. Everything else gets a file named by the step and by the settings.
@@ -127,6 +129,8 @@ def evaluation_file(config: Config, step: int) -> str:
     run_dir, name = Path(config.run_dir), "evaluation"
     own = read_config(run_dir)
     settings = [_settings_of_evaluation(c) for c in (config, own) if c is not None]
+    if other_test_set is not None:
+        settings.insert(0, {**settings[0], "test_set": other_test_set})
     saved = [step_of(path) for path in saved_folders(run_dir / "checkpoints")]
     if step not in saved[-1:]:
         name += f"-{step_folder(step)}"
@@ -223,7 +227,7 @@ def config_file_of(run_dir: Path) -> Path:
 
 def config_of_run(prog: str, description: str, argv: list[str]) -> Config:
     """RUN/config.yaml with the command line's changes. Raises ConfigError where there is no run."""
-    run_dir = parse_config(prog, description, argv).run_dir
+    run_dir = parse_config(prog, description, argv, first=config_of_folder(argv)).run_dir
     own = ["--config", str(config_file_of(Path(run_dir)))]
     config = parse_config(prog, description, argv, first=own)
     return dataclasses.replace(config, run_dir=run_dir).validate()

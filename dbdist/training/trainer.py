@@ -272,7 +272,7 @@ class Trainer:
         draws = draws_of_step(
             self.setup.task,
             self.setup.process,
-            condition_dropout=self.config.task.condition_dropout,
+            condition_dropout=0.0 if self.config.is_plain else self.config.task.condition_dropout,
             seed=self.config.seed,
             block=trainee.owned.index,
             step=trainee.steps_done,

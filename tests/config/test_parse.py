@@ -37,6 +37,13 @@ def test_an_empty_section_takes_nothing_away_from_files_before_it(tmp_path):
     assert parse(*files).train.lr == 0.5
 
 
+def test_a_configuration_cannot_name_another(tmp_path):
+    (tmp_path / "base.yaml").write_text("train: {lr: 0.5}\n")
+    (tmp_path / "c.yaml").write_text(f"config: {tmp_path / 'base.yaml'}\nseed: 3\n")
+    told = refusal("--config", str(tmp_path / "c.yaml"))
+    assert told == "config stands inside a configuration; give --config once for each file instead"
+
+
 @pytest.mark.parametrize("value", ["5e4", "50000.0", "5.0e+4", "50_000"])
 def test_a_whole_number_is_one_however_it_is_written(tmp_path, value):
     (tmp_path / "c.yaml").write_text(f"train: {{max_steps: {value}, lr: 1.0, betas: [0, 0.5]}}\n")

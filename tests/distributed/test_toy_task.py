@@ -13,9 +13,11 @@ import dbdist
 from dbdist.commands.export import export
 from dbdist.config.config import Config
 from dbdist.config.parse import parse_config
+from dbdist.config.yaml_files import write_yaml
 from dbdist.errors import ConfigError
 from dbdist.inference.of_run import evaluate_run, layout_for_evaluation
 from dbdist.parallel.layout import layout_of
+from dbdist.run.folder import config_of_run
 from dbdist.training.setup import train
 
 points_task.register()
@@ -113,3 +115,10 @@ def test_its_odd_tensors_are_what_the_model_says_after_training(ranks, tmp_path)
 def test_what_does_not_fit_together_is_refused_before_any_process_group(tmp_path, options, match):
     with pytest.raises(ConfigError, match=match):
         setup_of(config_of(tmp_path, *options))
+
+
+def test_the_options_of_a_runs_own_task_are_options_of_evaluate(tmp_path):
+    write_yaml(config_of(tmp_path), tmp_path / "config.yaml")
+    words = ["--run_dir", str(tmp_path), "--data.num_points", "30"]
+    config = config_of_run("test", "", words)
+    assert (config.task.name, config.data.num_points) == ("points", 30)

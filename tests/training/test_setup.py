@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from ranks import warnings_from_now_on
+from reading import hashes_of
 
 from dbdist import log
 from dbdist.checkpoint.manifest import find_checkpoint
@@ -115,7 +116,10 @@ def test_training_samples_that_changed_are_refused_and_a_copy_elsewhere_is_not(f
 def test_another_test_set_is_warned_of(folder):
     (folder / "d/val/dog/0.png").unlink()
     told = warnings_from_now_on()
+    before = (folder / "run/evaluation.json").read_bytes()
     evaluated(folder)
+    assert (folder / "run/evaluation.json").read_bytes() == before
+    assert len(list((folder / "run").glob("evaluation-*.json"))) == 1
     train(config_of(folder, steps=5), alone())
     assert [line.partition(" was ")[2] for line in told] == [
         "trained beside another test set (6 then, 5 now); the figures do not compare"
@@ -238,3 +242,13 @@ def test_all_ranks_save_and_end_where_one_meets_a_damaged_picture(ranks, tmp_pat
     assert damaged in told[0]
     assert f"step {step} is saved" in told[0]
     assert told[0].startswith("rank ")
+
+
+def test_the_plain_control_leaves_out_what_only_a_conditioned_task_drops(folder):
+    """Its images are its input; nothing is left if they are dropped."""
+    trained_with = {}
+    for dropped in ("0.0", "0.5"):
+        words = ("--run_dir", str(folder / dropped), "--mode", "end_to_end")
+        train(config_of(folder, *words, "--task.condition_dropout", dropped), alone())
+        trained_with[dropped] = hashes_of(folder / dropped)
+    assert trained_with["0.0"] == trained_with["0.5"]
