@@ -51,9 +51,10 @@ def parse_config(
 
 
 def config_of_folder(argv: list[str]) -> list[str]:
-    """Words that read RUN/config.yaml of the run that argv names with --run_dir; none without it.
+    """Words that read RUN/config.yaml of the run that argv names with --run_dir.
 
-    `first` of `parse_config`: what the run's own task, data and model bring are options then.
+    None without it. They are `first` of `parse_config`, so that options of the run's own task,
+    data and model are known.
     """
     run_dir: Any = None
     for option, value in _pairs(argv):
