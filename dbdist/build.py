@@ -55,14 +55,14 @@ class Setup:
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must agree with: task, model, cut, process and the data's form."""
         partition = self.process.partition
-        noise = self.process.describe()
         return {
             "mode": "end_to_end" if self.config.is_plain else "blocks",
             "task": self.config.task.name,
+            "task_options": self.task.describe() or None,  # None in older checkpoints too
             "architecture": self.model.describe(),
             "layers_per_block": [len(layers) for layers in self.config.layers_of_block],
             "boundaries": partition.boundaries.tolist() if partition else None,
-            "noise": noise if partition else None,
+            "noise": None if self.config.is_plain else self.process.describe(),
             "data": self.spec.name,
             "inputs": _inputs(self.spec),
         }

@@ -94,6 +94,10 @@ class Task(ABC):
             return model_class.of(config.model, spec, is_plain=True)
         return model_class.of(config.model, spec)
 
+    def describe(self) -> dict[str, Any]:
+        """Options that change what an answer means, for manifests: blocks must agree in them."""
+        return {}
+
     # Training
 
     @abstractmethod

@@ -14,9 +14,10 @@ from dbdist.commands.export import export
 from dbdist.config.config import Config
 from dbdist.config.parse import parse_config
 from dbdist.config.yaml_files import write_yaml
-from dbdist.errors import ConfigError
+from dbdist.errors import CheckpointError, ConfigError
 from dbdist.inference.of_run import evaluate_run, layout_for_evaluation
-from dbdist.parallel.layout import layout_of
+from dbdist.parallel.layout import Layout, layout_of
+from dbdist.parallel.topology import Topology
 from dbdist.run.folder import config_of_run
 from dbdist.training.setup import train
 
@@ -122,3 +123,12 @@ def test_the_options_of_a_runs_own_task_are_options_of_evaluate(tmp_path):
     words = ["--run_dir", str(tmp_path), "--data.num_points", "30"]
     config = config_of_run("test", "", words)
     assert (config.task.name, config.data.num_points) == ("points", 30)
+
+
+def test_a_tasks_options_that_change_an_answers_meaning_belong_to_the_model(tmp_path, monkeypatch):
+    train(config_of(tmp_path, "mode=sequential", "train.max_steps=2"), Topology(Layout(1)))
+    scaled = {"target_scale": 2.0}
+    monkeypatch.setattr(points_task.PointsTask, "describe", lambda self: scaled, raising=False)
+    config = config_of(tmp_path, "mode=sequential", "train.max_steps=2")
+    with pytest.raises(CheckpointError, match=r"a model with task_options .*target_scale"):
+        evaluate_run(config, Topology(Layout(1)))
