@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dbdist.commands.command_line import OneLineParser, guarded
+from dbdist.commands.command_line import OneLineParser, guarded, with_first
 from dbdist.config.parse import parse_config
 from dbdist.data.base import Dataset
 from dbdist.data.found import describe_found
@@ -46,8 +46,7 @@ def run(argv: list[str]) -> None:
         allow_abbrev=False,
     )
     _, options = parser.parse_known_args(argv)
-    if options and not options[0].startswith("-"):
-        options.insert(0, "--config")
+    options = with_first("--config", options)
     config = parse_config("dbdist check-data", "", options)
     data = dataclasses.replace(config.data, on_error="stop")  # what would be replaced is bad, too
     prepare(data)

@@ -15,7 +15,7 @@ from math import ceil
 from rich.console import Console
 from rich.table import Table
 
-from dbdist.commands.command_line import OneLineParser, guarded
+from dbdist.commands.command_line import OneLineParser, guarded, with_first
 from dbdist.commands.placement import (
     FLOAT_BYTES,
     Cluster,
@@ -49,8 +49,7 @@ def run(argv: list[str]) -> None:
         "--gpus-per-node", metavar="G", type=int, required=True, help="GPUs of each machine"
     )
     given, options = parser.parse_known_args(argv)
-    if options and not options[0].startswith("-"):
-        options.insert(0, "--config")
+    options = with_first("--config", options)
     cluster = Cluster(given.nodes, given.gpus_per_node)
     config = parse_config("dbdist plan", "", options).validate()
     if not config.is_joint:

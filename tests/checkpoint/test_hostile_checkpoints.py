@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,23 @@ def assert_one_sentence(error, about=""):
     assert str(about) in str(error)
 
 
+@contextmanager
+def restored(path):
+    """A file to change, that is as it was afterwards."""
+    original = path.read_bytes()
+    try:
+        yield path
+    finally:
+        path.write_bytes(original)
+
+
+def assert_used_or_refused(exported):
+    try:
+        dbdist.load(exported)
+    except CheckpointError as error:
+        assert_one_sentence(error)
+
+
 # -- the manifest ----------------------------------------------------------------------------------
 
 
@@ -117,30 +135,25 @@ def test_a_changed_manifest_is_used_or_refused(run, data):
         content = json.dumps(data.draw(changed_json(manifest))).encode()
     else:
         content = data.draw(changed_bytes(original))
-    path.write_bytes(content)
-    try:
-        use(config, folder)
-    except CheckpointError as error:
-        assert_one_sentence(error, folder)
-    finally:
-        path.write_bytes(original)
+    with restored(path):
+        path.write_bytes(content)
+        try:
+            use(config, folder)
+        except CheckpointError as error:
+            assert_one_sentence(error, folder)
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "..", "a/b", "", ".x"])
 def test_a_manifest_that_names_files_elsewhere_is_refused_whatever_their_hash(run, name):
     folder, config = run
-    path = folder / "checkpoints/step-00000001/manifest.json"
-    original = path.read_bytes()
-    manifest = json.loads(original)
-    manifest["files"][name] = manifest["files"]["shared.safetensors"]
-    path.write_text(json.dumps(manifest))
-    try:
+    with restored(folder / "checkpoints/step-00000001/manifest.json") as path:
+        manifest = json.loads(path.read_bytes())
+        manifest["files"][name] = manifest["files"]["shared.safetensors"]
+        path.write_text(json.dumps(manifest))
         with pytest.raises(
             CheckpointError, match=r"manifest\.json is damaged: .*no name of a file"
         ):
             use(config, folder)
-    finally:
-        path.write_bytes(original)
 
 
 # -- weights, with a manifest that states their hash -----------------------------------------------
@@ -213,15 +226,9 @@ def exported(run, tmp_path_factory):
 @few
 @given(data=st.data())
 def test_a_changed_description_of_a_model_is_used_or_refused(exported, data):
-    path = exported / "config.json"
-    original = path.read_bytes()
-    path.write_text(json.dumps(data.draw(changed_json(json.loads(original)))))
-    try:
-        dbdist.load(exported)
-    except CheckpointError as error:
-        assert_one_sentence(error)
-    finally:
-        path.write_bytes(original)
+    with restored(exported / "config.json") as path:
+        path.write_text(json.dumps(data.draw(changed_json(json.loads(path.read_bytes())))))
+        assert_used_or_refused(exported)
 
 
 @pytest.mark.parametrize(
@@ -239,30 +246,20 @@ def test_a_changed_description_of_a_model_is_used_or_refused(exported, data):
 )
 @pytest.mark.timeout(20)
 def test_a_description_that_asks_for_too_much_is_refused_at_once(exported, section, key, value):
-    path = exported / "config.json"
-    original = path.read_bytes()
-    config = json.loads(original)
-    config[section][key] = value
-    path.write_text(json.dumps(config))
-    try:
+    with restored(exported / "config.json") as path:
+        config = json.loads(path.read_bytes())
+        config[section][key] = value
+        path.write_text(json.dumps(config))
         with pytest.raises(CheckpointError):
             dbdist.load(exported)
-    finally:
-        path.write_bytes(original)
 
 
 @few
 @given(data=st.data())
 def test_changed_weights_of_a_model_are_used_or_refused(exported, data):
-    path = exported / "model.safetensors"
-    original = path.read_bytes()
-    path.write_bytes(data.draw(changed_safetensors(original)))
-    try:
-        dbdist.load(exported)
-    except CheckpointError as error:
-        assert_one_sentence(error)
-    finally:
-        path.write_bytes(original)
+    with restored(exported / "model.safetensors") as path:
+        path.write_bytes(data.draw(changed_safetensors(path.read_bytes())))
+        assert_used_or_refused(exported)
 
 
 # -- published weights -----------------------------------------------------------------------------

@@ -170,10 +170,7 @@ def test_the_network_has_the_precision_of_its_weights(tmp_path, dtype):
 
 @pytest.mark.parametrize("kind", ["blocks", "plain"])
 def test_images_may_be_bytes_floats_arrays_and_without_a_channel(tmp_path, kind):
-    if kind == "plain":
-        export_plain(tmp_path)
-    else:
-        export_blocks(tmp_path)
+    {"blocks": export_blocks, "plain": export_plain}[kind](tmp_path)
     model = dbdist.load(tmp_path)
     raw = (pixels() * 255).round().to(torch.uint8)
     expected = model.predict_proba(raw)
@@ -212,10 +209,7 @@ def test_two_batches_of_a_noise_start_draw_different_noise(tmp_path):
 
 @pytest.mark.parametrize("kind", ["blocks", "plain"])
 def test_no_images_give_no_answers(tmp_path, kind):
-    if kind == "plain":
-        export_plain(tmp_path)
-    else:
-        export_blocks(tmp_path)
+    {"blocks": export_blocks, "plain": export_plain}[kind](tmp_path)
     model = dbdist.load(tmp_path)
     for images in (torch.zeros(0, 1, 4, 4), torch.zeros(0, 4, 4, dtype=torch.uint8)):
         assert model.predict_proba(images).shape == (0, 5)
