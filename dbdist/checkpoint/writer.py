@@ -114,12 +114,12 @@ class CheckpointWriter:
         memory. about: what the manifest and the part say beside their files. refusal: why this
         rank's files must not be written; the checkpoint is given up then.
         """
-        if self._is_alone:
+        if self._is_alone and refusal is None:
             self.save_own_block(step, files, about)
             return
         assert self._topology.rank in self._writers or not files, f"not a writer of {list(files)}"
         self._begin(step)
-        if self._topology.is_coordinator:
+        if self._topology.is_coordinator and not self._is_alone:
             self._pending.setdefault(step, _Pending()).about = about
         if self._topology.rank not in self._writers:
             return

@@ -335,6 +335,17 @@ def test_a_part_that_cannot_be_written_is_told_and_costs_that_part(tmp_path):
     assert steps_of(tmp_path, 1) == [1, 3]
 
 
+def test_a_part_that_must_not_be_written_is_not_and_the_older_one_stays(tmp_path):
+    writer, warned = writer_of(tmp_path, 0, keep_last=1)
+    writer.save(2, files(0, 2.0), ABOUT)
+    writer.finish(10.0)
+    writer.save(4, files(0, 4.0), ABOUT, refusal="its copies have drifted apart")
+    with pytest.raises(CheckpointError, match=r"step 4.*drifted apart.*is of step 2"):
+        writer.finish(10.0)
+    assert steps_of(tmp_path, 0) == [2]
+    assert warned == []
+
+
 def test_a_last_part_that_cannot_be_written_is_an_error(tmp_path):
     (folder_of(tmp_path, 2) / "block-1.safetensors").mkdir(parents=True)
     writer, _ = writer_of(tmp_path, 1)
