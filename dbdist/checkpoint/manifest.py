@@ -210,6 +210,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     files = manifest.get("files")
     if not isinstance(manifest.get("model"), dict) or not isinstance(files, dict):
         raise CheckpointError(f"{file} is damaged: model or files is missing")
+    if not isinstance(manifest.get("data", {}), dict):
+        raise CheckpointError(f"{file} is damaged: data is no object")
     for name, entry in files.items():
         if not FILE.fullmatch(name):
             raise CheckpointError(f"{file} is damaged: {_shown(name)} is no name of a file")

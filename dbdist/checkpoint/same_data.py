@@ -69,11 +69,11 @@ def other_test_samples(where: Path, stored: Data, now: Data) -> str | None:
     return f"{where} was trained beside another test set ({difference}); the figures do not compare"
 
 
-def stored_data(run_dir: Path) -> tuple[Path, Data] | None:
-    """(folder, data) of the newest block that has saved in a run directory by itself, if any."""
+def stored_data(run_dir: Path) -> Data | None:
+    """The data of the newest block that has saved in a run directory by itself, if any."""
     for path in sorted(step_folders(run_dir / "checkpoints"), key=step_of, reverse=True):
         for block in blocks_in(path):
-            return path, read_part(path, block)["data"]
+            return read_part(path, block)["data"]
     return None
 
 

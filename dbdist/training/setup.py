@@ -131,12 +131,10 @@ def load_data(config: Config, topology: Topology) -> tuple[Dataset, Dataset]:
 def compare_data(run: Run) -> None:
     """Refuses to go on with other data than what was trained so far. Collective."""
     with run.topology.agree():
-        stored = stored_data(Path(run.config.run_dir))
-        if run.checkpoint is not None:
-            stored = run.checkpoint.path, run.checkpoint.manifest.get("data", {})
-        if stored is None:
+        run_dir = Path(run.config.run_dir)
+        data = run.checkpoint.manifest.get("data", {}) if run.checkpoint else stored_data(run_dir)
+        if data is None:
             return
-        run_dir, data = Path(run.config.run_dir), stored[1]
         now = data_entry(identity_of(run.train_set, run.test_set))
         check_meaning(run_dir, data, now)
         check_training_samples(run_dir, data, now)

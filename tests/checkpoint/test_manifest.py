@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from dbdist.checkpoint.manifest import find_checkpoint
+from dbdist.checkpoint.manifest import find_checkpoint, read_manifest
 from dbdist.checkpoint.names import ema_file, optimizer_file
 from dbdist.checkpoint.writer import CheckpointWriter
 from dbdist.errors import CheckpointError
@@ -120,6 +120,14 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_first_difference(tmp_pa
     for key, value in (("layers_per_block", [1, 2]), ("data", "cifar10"), ("new", 1)):
         with pytest.raises(CheckpointError, match=key):
             checkpoint.check_fits({**ABOUT["model"], key: value})
+
+
+@pytest.mark.parametrize("data", [[], None, "digits"])
+def test_a_manifest_whose_data_is_no_object_is_refused(tmp_path, data):
+    path = write(tmp_path, 3) / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data": data}))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged: data is no object"):
+        read_manifest(path.parent)
 
 
 def uses(run_dir):

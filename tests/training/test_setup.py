@@ -113,6 +113,12 @@ def test_training_samples_that_changed_are_refused_and_a_copy_elsewhere_is_not(f
         train(config_of(folder, *moved, steps=6), alone())
 
 
+def test_a_damaged_part_does_not_stop_a_run_whose_checkpoint_is_intact(folder):
+    (folder / "run/checkpoints/step-00000004/block-0.part.json").write_text("{")
+    train(config_of(folder, steps=5), alone())
+    assert find_checkpoint(folder / "run").step == 5
+
+
 def test_another_test_set_is_warned_of(folder):
     (folder / "d/val/dog/0.png").unlink()
     told = warnings_from_now_on()
