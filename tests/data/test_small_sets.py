@@ -80,6 +80,7 @@ def test_a_missing_package_is_answered_with_what_to_install(
         (gzip.compress(b"1,2,3\n"), "is not the table"),
         (gzip.compress(b""), "is not the table|is damaged"),
     ],
+    ids=["no gzip", "no number", "too small", "empty"],  # gzip's bytes hold the time
 )
 @pytest.mark.filterwarnings("ignore:loadtxt")
 def test_another_table_is_refused(
