@@ -2,11 +2,11 @@
 
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_loader
+from importlib.util import find_spec, spec_from_loader
 from pkgutil import resolve_name
-from types import ModuleType
+from types import CodeType, ModuleType
 
 MOVED = {
     "dbdist.compat": "dbdist.inference.published",
@@ -23,13 +23,23 @@ class OlderNames(MetaPathFinder, Loader):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return spec_from_loader(name, self) if name in MOVED else None
+        if name not in MOVED:
+            return None
+        now = find_spec(MOVED[name])
+        return spec_from_loader(name, self, origin=now.origin if now else None)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return resolve_name(MOVED[spec.name])
 
     def exec_module(self, module: ModuleType) -> None:
         """It has run under its own name."""
+
+    def get_code(self, name: str) -> CodeType | None:
+        """Returns what `python -m` runs."""
+        spec = find_spec(MOVED[name])
+        assert spec is not None
+        assert isinstance(spec.loader, InspectLoader)
+        return spec.loader.get_code(MOVED[name])
 
 
 def install() -> None:
