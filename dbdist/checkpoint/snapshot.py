@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dbdist.errors import ConfigError
+
 CHUNK_BYTES = 2**22
 NAMES = {
     torch.float64: "F64",
@@ -36,6 +38,16 @@ NAMES = {
     torch.bool: "BOOL",
 }
 """What safetensors calls a dtype."""
+
+
+def check_dtypes(place: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ConfigError for a tensor of a dtype that no checkpoint can hold."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
+            raise ConfigError(
+                f"{place}: {name} is of {tensor.dtype}, which no checkpoint can hold; keep it in "
+                f"one of {', '.join(str(dtype).removeprefix('torch.') for dtype in NAMES)}"
+            )
 
 
 class Snapshot:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dbdist.build import Setup
 from dbdist.checkpoint.names import PREFIX
+from dbdist.checkpoint.snapshot import check_dtypes
 from dbdist.config.config import Config
 from dbdist.errors import ConfigError
 from dbdist.models.base import Block
@@ -76,6 +77,7 @@ class RankState:
         seed = None if is_empty else config.seed
         device = topology.device
         self.shared = setup.shared(seed, device)
+        check_dtypes("the shared modules", form_of(self.shared))
         fills = topology.world_size if config.shared == "sharded" else 1
         self.shared_tensors = SharedTensors(topology, self.shared, fills)
         self.blocks: list[OwnedBlock] = []
@@ -259,6 +261,7 @@ class RankState:
         place, own_seed = (torch.device("meta"), None) if is_split else (topology.device, seed)
         module = self.setup.block(index, own_seed, place)
         form = form_of(module)
+        check_dtypes(f"block {index}", form)
         if not trained_of(module):
             raise ConfigError(
                 f"block {index} has no parameter to train: the model freezes all of them; leave "

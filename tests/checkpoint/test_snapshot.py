@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dbdist.checkpoint.snapshot import NAMES, Snapshot
+from dbdist.checkpoint.snapshot import NAMES, Snapshot, check_dtypes
+from dbdist.errors import ConfigError
 
 
 def write(tensors, path):
@@ -117,3 +118,9 @@ def test_a_write_that_fails_in_the_middle_leaves_the_file_before_and_nothing_els
         write({"x": torch.zeros(2**20)}, path)
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
     assert load_file(path)["x"].tolist() == [1] * 5
+
+
+def test_a_dtype_that_no_file_can_hold_is_refused_by_name():
+    check_dtypes("block 1", {name: torch.empty(1, dtype=dtype) for dtype, name in NAMES.items()})
+    with pytest.raises(ConfigError, match=r"^block 1: rope is of torch\.complex128, .*complex64"):
+        check_dtypes("block 1", {"rope": torch.empty(1, dtype=torch.complex128)})
