@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dbdist.commands.command_line import OneLineParser, guarded, with_first
+from dbdist.config.config import check_values
 from dbdist.config.parse import parse_config
 from dbdist.data.base import Dataset
 from dbdist.data.found import describe_found
@@ -48,6 +49,8 @@ def run(argv: list[str]) -> None:
     _, options = parser.parse_known_args(argv)
     options = with_first("--config", options)
     config = parse_config("dbdist check-data", "", options)
+    check_values(config)
+    config.data.check()
     data = dataclasses.replace(config.data, on_error="stop")  # what would be replaced is bad, too
     prepare(data)
     train, test = load_dataset(data, "train"), load_dataset(data, "test")

@@ -129,7 +129,7 @@ class Config:
 
     def validate(self) -> "Config":
         """Returns self, or raises ConfigError for the first value that cannot be honoured."""
-        _check_values(self)
+        check_values(self)
         for name, section in self.sections():
             if name in registry.SECTIONS:
                 registry.find(name, getattr(section, "name"))  # noqa: B009
@@ -219,7 +219,7 @@ class Config:
             )
 
 
-def _check_values(config: Config) -> None:
+def check_values(config: Config) -> None:
     """Raises ConfigError for a number outside its range, or a path that is none."""
     for key, owner, value in _values(config):
         allowed = owner.RANGES.get(key.rpartition(".")[2]) if isinstance(owner, Options) else None

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from dbdist.commands.check_data import run
-from dbdist.errors import DataError
+from dbdist.errors import ConfigError, DataError
 
 
 def write_set(root: Path, n: int = 40) -> list[str]:
@@ -47,3 +47,9 @@ def test_sets_of_any_kind_are_checked(capsys: pytest.CaptureFixture[str]) -> Non
     out = capsys.readouterr().out
     assert out.startswith("train 1,437 images of 10 classes, test 360\n")
     assert out.endswith("all 1,797 samples can be used\n")
+
+
+@pytest.mark.parametrize("option", ["data.image_size", "data.num_workers"])
+def test_a_value_outside_its_range_is_refused(option: str) -> None:
+    with pytest.raises(ConfigError, match=option):
+        run(["digits", f"--{option}", "-1"])
