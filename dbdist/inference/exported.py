@@ -7,7 +7,7 @@ An exported model is a folder with `model.safetensors` (keys `shared.*`, `layers
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ class Description:
         config = Config(
             mode=values["mode"],
             seed=values["seed"],
-            data=type(source)(**{**asdict_shallow(source), "name": names["data"]}),
+            data=replace(source, name=names["data"]),
             **sections,
         )
         spec = registry.find("data", names["data"]).load().spec_from(data)
@@ -232,11 +232,6 @@ def network_weights(own: Mapping[str, Any], weights: Mapping[str, Tensor]) -> di
     return found | {name: weights[name] for name in weights.keys() - used}
 
 
-def asdict_shallow(section: Any) -> dict[str, Any]:
-    """The fields of a dataclass, as they are."""
-    return {field.name: getattr(section, field.name) for field in fields(section)}
-
-
 def _read(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(read_file(file))
@@ -297,6 +292,8 @@ def _check_extent(description: Description, weights: Mapping[str, Tensor]) -> No
         return
     if config.num_blocks != len(layers):
         raise ValueError(f"num_blocks {config.num_blocks} of {len(layers)}")
+    if (cut := tuple(len(own) for own in config.layers_of_block)) != layers:
+        raise ValueError(f"layers_per_block {layers}, model.layers_per_block {cut}")
     for section in (config.model, config.sampler):
         section.check()
     evaluations = config.sampler_steps * config.sampler.num_draws

@@ -307,6 +307,14 @@ def test_a_model_of_version_1_predicts_as_its_blocks_in_turn(tmp_path, private, 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_description_that_states_two_cuts_is_refused(tmp_path):
+    path = export_blocks(tmp_path) / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "layers_per_block": config["layers_per_block"][::-1]}))
+    with pytest.raises(CheckpointError, match=r"layers_per_block \(2, 1\), model.*\(1, 2\)"):
+        dbdist.load(tmp_path)
+
+
 def test_a_plain_model_of_version_1_predicts_as_one_of_today(tmp_path):
     export_plain(tmp_path)
     today = dbdist.load(tmp_path).predict_proba(pixels())
