@@ -4,6 +4,7 @@ Imports a command when it is asked for, so that --help, --version and configs an
 """
 
 import sys
+from importlib import import_module
 
 from dbdist.commands.command_line import fail, print_anything
 from dbdist.config.nearest import unknown
@@ -36,25 +37,10 @@ def main(argv: list[str] | None = None) -> None:
         print(__version__)
         return
     command, rest = argv[0], argv[1:]
-    if command == "train":
-        from dbdist.train import main as run
-    elif command == "evaluate":
-        from dbdist.evaluate import main as run
-    elif command == "configs":
-        from dbdist.commands.configs import main as run
-    elif command == "plan":
-        from dbdist.commands.plan import main as run
-    elif command == "check-data":
-        from dbdist.commands.check_data import main as run
-    elif command == "export":
-        from dbdist.commands.export import main as run
-    elif command == "merge":
-        from dbdist.commands.merge import main as run
-    elif command == "import-published":
-        from dbdist.commands.import_published import main as run
-    else:
+    if command not in COMMANDS:
         fail("dbdist", unknown("command", command, COMMANDS))
-    run(rest)
+    package = "dbdist" if command in ("train", "evaluate") else "dbdist.commands"
+    import_module(f"{package}.{command.replace('-', '_')}").main(rest)
 
 
 def __getattr__(name: str) -> object:

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> None:
-    guarded("dbdist train", lambda: run(sys.argv[1:] if argv is None else argv))
+    guarded(
+        "dbdist train",
+        lambda: run(sys.argv[1:] if argv is None else argv),
+        interrupted="the same command continues from the newest checkpoint",
+    )
 
 
 def run(argv: list[str]) -> None:

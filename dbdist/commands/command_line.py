@@ -56,7 +56,7 @@ def announce(prog: str) -> None:
 def guarded(
     prog: str,
     run: Callable[[], None],
-    interrupted: str = "the same command continues from the newest checkpoint",
+    interrupted: str = "the same command starts anew",
 ) -> None:
     """Runs a command and turns its errors into one line and an exit code.
 
