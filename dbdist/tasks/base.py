@@ -142,9 +142,9 @@ class Task(ABC):
         keep_N = torch.zeros(num_samples, dtype=torch.bool, device=_device_of(condition))
         return self.drop(condition, keep_N)
 
+    @abstractmethod
     def figures(self) -> Sequence[Figures]:
         """The figures of an evaluation; the main figure is one of their results."""
-        return ()
 
     def show(self, answers: Tensor, folder: Path) -> list[Path]:
         """Writes answers for a person to look at; the files."""

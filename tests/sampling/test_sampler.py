@@ -44,6 +44,9 @@ class Twice(Task):
     def answer(self, output, shared):
         return output.flatten(1).cumsum(1)
 
+    def figures(self):
+        raise NotImplementedError
+
 
 def sampler_of(num_steps, start="mean", level=None, schedule=SCHEDULE, **options):
     return Sampler(Gaussian(schedule), schedule.steps(num_steps, level), start=start, **options)

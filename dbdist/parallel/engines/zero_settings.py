@@ -7,6 +7,7 @@ from typing import Any
 
 from dbdist.config.config import Config
 from dbdist.errors import ConfigError
+from dbdist.whole_files import read_file
 
 PASSED_ON = (
     "zero_optimization",
@@ -109,7 +110,7 @@ def settings(config: Config, num_replicas: int) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        given = json.loads(path.read_text())
+        given = json.loads(read_file(path))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"parallel.deepspeed_config {path} cannot be read ({reason})") from None
