@@ -16,9 +16,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dbdist.bench.job import torchrun
 from dbdist.commands.command_line import OneLineParser, guarded
 from dbdist.config.parse import parse_config
 from dbdist.errors import UserError
+from dbdist.parallel.layout import layout_of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,30 +63,10 @@ def train_once(config_file: str, seed: int, runs: Path, overrides: list[str]) ->
         "dbdist.bench.compare", "", ["--config", config_file, *overrides]
     ).validate()
     run_dir = runs / f"{name}-{seed}"
-    world_size = 1
-    if config.mode == "block_parallel":
-        extra = config.parallel.coordinator == "dedicated"
-        world_size = config.num_blocks * config.parallel.replicas + extra
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--rdzv-backend=loopback",
-        f"--nproc_per_node={world_size}",
-    ]
-    command = [
-        sys.executable,
-        *(launcher if world_size > 1 else []),
-        *("-m", "dbdist.train", "--config", config_file),
-        *(
-            *overrides,
-            "--seed",
-            str(seed),
-            "--run_dir",
-            str(run_dir),
-            "--checkpoint.resume",
-            "false",
-        ),
-    ]
+    world_size = layout_of(config, 1).world_size
+    words = ["-m", "dbdist.train", "--config", config_file, *overrides, "--seed", str(seed)]
+    words += ["--run_dir", str(run_dir), "--checkpoint.resume", "false"]
+    command = torchrun(world_size, *words) if world_size > 1 else [sys.executable, *words]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error:" in line]

@@ -38,6 +38,8 @@ def run(argv: list[str]) -> None:
     first = (steps + saving + [{}])[0]
     facts = {key: first.get(key) or value for key, value in environment("auto", []).items()}
     facts["commit"] = given.commit or facts["commit"]
+    if given.commit:  # a copy's own repository may be at another commit
+        steps, saving = ([{**line, "commit": given.commit} for line in x] for x in (steps, saving))
     tests = outcomes(given.tests)
     content = {**{k: facts[k] for k in FACTS}, "tests": tests, "steps": steps, "saving": saving}
     given.out.mkdir(parents=True, exist_ok=True)
@@ -136,7 +138,11 @@ def outcomes(path: Path | None) -> list[dict[str, Any]]:
     if path is None or not path.exists():
         return []
     found: list[dict[str, Any]] = []
-    for case in ElementTree.parse(path).getroot().iter("testcase"):
+    try:
+        cases = [*ElementTree.parse(path).getroot().iter("testcase")]
+    except ElementTree.ParseError:  # cut off
+        return []
+    for case in cases:
         bad = {child.tag for child in case} & {"failure", "error", "skipped"}
         outcome = sorted(bad)[0] if bad else "passed"
         seconds = float(case.get("time", 0))

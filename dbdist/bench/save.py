@@ -9,7 +9,6 @@ allocates, too), how long it is until the checkpoint is complete, and a step mea
 """
 
 import json
-import platform
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dbdist.bench.environment import environment
 from dbdist.bench.step import build_trainer, prepared, synchronize
 from dbdist.checkpoint.manifest import complete_folders
 from dbdist.checkpoint.names import MANIFEST, step_folder
@@ -24,6 +24,7 @@ from dbdist.commands.command_line import OneLineParser, guarded
 from dbdist.config.config import Config
 from dbdist.config.parse import parse_config
 from dbdist.data.base import Dataset
+from dbdist.errors import UserError
 from dbdist.training.state_files import files_of
 from dbdist.training.trainer import Trainer
 
@@ -43,13 +44,16 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps without (default: 10)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before (default: 2)")
     given, rest = parser.parse_known_args(argv)
+    if min(given.steps, given.saves) < 1:
+        parser.error("--steps and --saves must be at least 1")
     config = parse_config("dbdist.bench.save", "", rest).validate()
     with prepared(config) as (config, train_set, images):
         result = measure(config, train_set, given.block, given.warmup, given.steps, given.saves)
     for key in ("step_ms", "first_stall_ms", "stall_ms", "write_ms", "step_beside_write_ms"):
         print(f"{key:<22}{result[key]:>10.2f}")
     print(f"{'checkpoint_mb':<22}{result['checkpoint_mb']:>10.2f}")
-    print(json.dumps({"config": config.data.name, "images": images, **result}))
+    facts = environment(config.device, ["python", "-m", "dbdist.bench.save", *argv])
+    print(json.dumps({"config": config.data.name, "images": images, **result, **facts}))
 
 
 def measure(
@@ -72,6 +76,8 @@ def measure(
             writer.finish(TIMEOUT_S)
             write_ms.append(_ms_since(start))
         while not manifest.exists():
+            if _ms_since(start) > 1e3 * TIMEOUT_S:
+                raise UserError(f"the checkpoint of step {step} is not complete in {TIMEOUT_S:g} s")
             beside_ms.append(_step_ms(trainer, warmup + steps + len(beside_ms)))
             writer.poll()
     newest = complete_folders(writer.folder)[-1]
@@ -88,8 +94,6 @@ def measure(
         "write_ms": statistics.median(write_ms),
         "step_beside_write_ms": statistics.median(beside_ms),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "torch": torch.__version__,
     }
 
 

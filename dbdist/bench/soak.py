@@ -50,6 +50,7 @@ from dbdist.commands.command_line import OneLineParser, guarded
 from dbdist.config.config import Config
 from dbdist.config.parse import parse_config
 from dbdist.errors import Fault, UserError
+from dbdist.parallel.layout import layout_of
 
 SETTLING_MINUTES = 5
 MAX_GROWTH = 0.02
@@ -202,8 +203,7 @@ def soak(
     """Runs it; everything that was measured."""
     run_dir = Path(config.run_dir)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    num_ranks = config.num_blocks * config.parallel.replicas
-    num_ranks += config.parallel.coordinator == "dedicated"
+    num_ranks = layout_of(config, 1).world_size
     most = 1000 + int(60 * minutes)
     words = ["-m", "dbdist.train", *words]
     watch = Watch()

@@ -75,6 +75,8 @@ def run(argv: list[str]) -> None:
     )
     parser.add_argument("--out", type=Path, help="a file to add the lines of JSON to")
     given, rest = parser.parse_known_args(argv)
+    if given.steps < 1:
+        parser.error("--steps must be at least 1")
     for variant in given.variant or [""]:
         words = [*rest, *shlex.split(variant)]
         config = parse_config("dbdist.bench.step", "", words).validate()

@@ -31,3 +31,15 @@ def test_what_was_cut_off_is_left_out_and_earlier_files_stay(tmp_path):
     assert "driver 580.1, torch 2.11.0, commit abc1234" in page
     content = json.loads((tmp_path / "out/gpu_h200_202611.json").read_text())
     assert content["steps"] == [STEP]
+
+
+def test_a_commit_that_is_given_is_that_of_every_measurement_and_cut_off_tests_cost_nothing_else(
+    tmp_path,
+):
+    lines, tests = tmp_path / "steps.jsonl", tmp_path / "tests.xml"
+    lines.write_text(json.dumps(STEP))
+    tests.write_text("<testsuites><testsuite><testcase name='a'")
+    run([str(tmp_path), "--steps", str(lines), "--tests", str(tests), "--commit", "def5678"])
+    content = json.loads((tmp_path / "gpu_h200_202611.json").read_text())
+    assert content["commit"] == content["steps"][0]["commit"] == "def5678"
+    assert content["tests"] == []
