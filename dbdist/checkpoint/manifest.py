@@ -3,7 +3,7 @@
 Files are named by block, never by rank, and tensors by parameter, so any topology may read what any
 other wrote. The manifest holds every file's size and SHA-256; a folder without one, and without the
 parts of all blocks (`parts`), is no checkpoint. Nothing that is read can execute code. Here is the
-reading; `checkpoint_writer` writes.
+reading; `writer` writes.
 """
 
 import hashlib

@@ -78,7 +78,7 @@ class CheckpointWriter:
         """Makes the writer of this rank; nothing is read or written yet.
 
         writers: the ranks that write files, known to all. block: of which this rank writes the
-        report; None where there are no reports, or another rank writes it. trained: the blocks of a
+        part; None where there are no parts, or another rank writes it. trained: the blocks of a
         run that leaves the others' files to other runs; None: all blocks. is_recorded: on rank 0,
         whether the metrics up to a step are in their file; its checkpoint is complete no sooner, as
         a run that continues from it would never write them.

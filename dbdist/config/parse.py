@@ -53,7 +53,7 @@ def parse_config(
 def config_of_folder(argv: list[str]) -> list[str]:
     """Words that read RUN/config.yaml of the run that argv names with --run_dir.
 
-    None without it. They are `first` of `parse_config`, so that options of the run's own task,
+    No words without it. They are `first` of `parse_config`, so that options of the run's own task,
     data and model are known.
     """
     run_dir: Any = None

@@ -21,7 +21,7 @@ class Plugin:
     options: str
     """Its section of the configuration: a frozen dataclass, "module:Class"."""
     code: str
-    """What it does: for data the functions `spec`, `load` and `prepare` of a module or class."""
+    """What it does: a class; for data a module with the functions of `dbdist.data.sources`."""
 
     @property
     def options_class(self) -> type[Any]:

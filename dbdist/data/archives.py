@@ -13,8 +13,8 @@ from dbdist.errors import DataError
 def unpack(archive: Path, folder: Path) -> None:
     """Unpacks a .zip or .tar.gz below this folder.
 
-    Raises DataError, in one sentence, for a damaged one, or one whose members are links, devices
-    or would land elsewhere (a .zip's are put inside instead).
+    Raises DataError, in one sentence, for a damaged one, or a .tar.gz with devices, or whose
+    members or links lead elsewhere. Absolute names, and all of a .zip's, are put inside.
     """
     try:
         if archive.suffix == ".zip":

@@ -210,7 +210,7 @@ class ImageFiles(ImageDataset):
     def digest(self) -> str:
         """SHA-256 of the labels, the names of the files below the root, and their sizes."""
         digest = hashlib.sha256(self.labels.numpy().tobytes())
-        for path, size in zip(self._paths[: len(self)], self._sizes, strict=False):
+        for path, size in zip(self._paths, self._sizes, strict=True):
             digest.update(self._name(path) + b"\0%d\0" % size)
         return digest.hexdigest()
 

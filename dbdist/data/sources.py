@@ -1,7 +1,7 @@
 """A configured data set, by its registered name: its spec, its samples, its files.
 
-The code behind a name has three functions: `dataset_spec(options)`, `load_dataset(options, split)`
-and `prepare(options)`.
+The code behind a name has four functions: `dataset_spec(options)`, `load_dataset(options, split)`,
+`prepare(options)` and `spec_from(values)`.
 """
 
 from typing import Any, Literal

@@ -1,8 +1,7 @@
-"""D(z), the denoiser of one block: EDM preconditioning around shared modules and layers.
+"""D(z), the denoiser of one block: a process around shared modules and layers.
 
 Takes the condition, a noisy state and its noise levels; gives the head's output. Knows nothing of
-tasks or processes. Coefficients are computed in the state's precision, outside autocast's half
-precision.
+tasks; the process scales states and output, outside autocast's half precision.
 """
 
 from typing import Any, cast

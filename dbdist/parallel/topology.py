@@ -5,7 +5,7 @@ plus one with a dedicated coordinator; rank 0 is always the coordinator. The cop
 which talk most, are on one node where they fit.
 """
 
-# What torch and jsonargparse leave untyped:
+# What torch leaves untyped:
 # pyright: reportDeprecated=false, reportPrivateImportUsage=false, reportUnknownMemberType=false
 
 import os

@@ -1,7 +1,8 @@
 """Noise levels: distribution, partition among blocks, EDM preconditioning, sampler's grid.
 
-Pure functions of numbers and tensors; knows nothing of models or processes. Everything is computed
-in float64. Sources: DiffusionBlocks (arXiv 2506.14202) section 3; EDM (arXiv 2206.00364) Table 1.
+Pure functions of numbers and tensors; knows nothing of models, tasks or ranks. Levels and
+coefficients are computed in float64. Sources: DiffusionBlocks (arXiv 2506.14202) section 3; EDM
+(arXiv 2206.00364) Table 1.
 """
 
 # What torch and jsonargparse leave untyped:
@@ -34,8 +35,8 @@ class Preconditioning(NamedTuple):
 class NoiseSchedule(Partition):
     """ln sigma ~ N(p_mean, p_std^2), truncated and cut into `num_blocks` ranges.
 
-    The bounds are [sigma_min, sigma_max]. Block 0 owns the highest noise. A *level* in [0, 1] is a
-    position between sigma_min (0) and sigma_max (1) in the coordinate that the partition cuts
+    The bounds are [sigma_min, sigma_max]. Block 0 owns the highest noise. A *fraction* in [0, 1] is
+    a position between sigma_min (0) and sigma_max (1) in the coordinate that the partition cuts
     evenly: probability mass for `equal_probability`, ln sigma for `uniform`. sigma and sigma_data
     are in units of the data. Raises ConfigError for bounds that leave nothing to sample.
     """
@@ -112,12 +113,6 @@ class NoiseSchedule(Partition):
         """lambda(sigma) = (sigma^2 + sd^2) / (sigma sd)^2 = 1 / c_out^2. EDM, Table 1."""
         s, sd = sigma.double(), self.sigma_data
         return ((s**2 + sd**2) / (s * sd) ** 2).to(sigma.dtype)
-
-    def density(self, sigma: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Density of ln sigma, whose integral over the whole range is 1."""
-        mass = _mass(self._standard(self.sigma_min), self._standard(self.sigma_max))
-        x = (sigma.double().log() - self.p_mean) / self.p_std
-        return torch.exp(-(x**2) / 2) / (math.sqrt(2 * math.pi) * self.p_std * mass)
 
     def fraction_of(self, level: float) -> float:
         if self.partition == "uniform":

@@ -2,8 +2,8 @@
 
 The condition is the image's pixels. The head's logits stand for the denoised state softmax(logits)
 @ label table; the loss is cross-entropy. Source: DiffusionBlocks (2506.14202), section 4.1 and its
-published ViT code; where we offer more than that code does, `TaskConfig` and `SamplerConfig` name
-the switch. Does not communicate.
+published ViT code; where we offer more than that code does, `ClassificationOptions` and
+`ClassificationSamplerOptions` name the switch. Does not communicate.
 """
 
 from typing import Any

@@ -3,7 +3,7 @@
     batch → target → noise → denoise → loss → backward → reduce → step → record
 
 Each rank owns one block (block_parallel), every block (sequential) or the whole model as one block
-(end_to_end), and a copy of the shared modules, which `parallel.coordinator` keeps up to date. All
+(end_to_end), and a copy of the shared modules, which `parallel.shared_sync` keeps up to date. All
 that is random is a function of (seed, purpose, block, step), so the state of a run is its weights,
 optimizers and step.
 """

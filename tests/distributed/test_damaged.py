@@ -1,4 +1,4 @@
-"""Six kinds of damage to the newest checkpoint of a real run: refused by name before any weight
+"""Seven kinds of damage to the newest checkpoint of a real run: refused by name before any weight
 changes, with the newest intact one offered, or taken (`checkpoint.fallback`)."""
 
 import json

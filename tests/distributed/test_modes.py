@@ -43,7 +43,7 @@ def test_sequential_trains_one_random_block_a_step_and_leaves_the_others_alone(t
             assert torch.equal(a, b)
 
 
-def test_activation_checkpointing_and_accumulation_change_no_weight(tmp_path, float64):
+def test_activation_checkpointing_changes_no_weight(tmp_path, float64):
     plain = trained(tmp_path / "a", "mode=end_to_end", "model.dropout=0.2")
     frugal = trained(
         tmp_path / "b",
@@ -59,7 +59,7 @@ def test_activation_checkpointing_and_accumulation_change_no_weight(tmp_path, fl
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_bf16_keeps_parameters_and_losses_in_float32(tmp_path):
+def test_bf16_keeps_parameters_in_float32(tmp_path):
     trainer = trained(tmp_path, "mode=sequential", "train.precision=bf16")
     assert {p.dtype for p in trainer.state.parameters.values()} == {torch.float32}
     exact = trained(tmp_path / "exact", "mode=sequential")

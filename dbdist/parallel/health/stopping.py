@@ -10,7 +10,7 @@
    it is.
 
 `Stopping` is used by two threads: the main thread asks `may_begin` before each step, and the
-thread of `watch` talks with the store.
+thread of `guard` talks with the store.
 """
 
 import json
@@ -113,7 +113,7 @@ class Stopping:
         if is_fault or is_mistake:
             self.own_fault = self.own_fault or stop
         if self._store is not None:
-            with suppress(RuntimeError):  # the store is gone, which `watch` notices
+            with suppress(RuntimeError):  # the store is gone, which `guard` notices
                 told = self._store.compare_set("stop", "", json.dumps(asdict(stop)))
                 stop = Stop(**json.loads(told))
         with self._changed:
