@@ -175,10 +175,11 @@ class RankState:
             take_leaders_buffers(topology, own, topology.copies[0], topology.replica_group)
 
     def describe_parameters(self) -> dict[str, str]:
-        """Shape and dtype of every whole parameter and buffer, by `block 1: name`."""
+        """Shape and dtype of every whole parameter and buffer, by `block 1: name`; their number."""
         forms = {"shared modules": form_of(self.shared)}
         forms |= {f"block {owned.index}": owned.form for owned in self.blocks}
-        return {
+        numbers = {f"{place}: number of tensors": str(len(form)) for place, form in forms.items()}
+        return numbers | {
             f"{place}: {name}": f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}"
             for place, form in forms.items()
             for name, t in form.items()

@@ -175,3 +175,21 @@ def test_ranks_with_other_data_do_not_start(ranks, tmp_path):
     assert len(set(told)) == 1
     assert re.match(r'rank 1 has the training set "\w{64}", rank 0 has "\w{64}"; start', told[0])
     assert not (tmp_path / "run").exists(), "nothing is half-written"
+
+
+def describe_with_a_tensor_of_its_own(rank):
+    """Copies of one block, of which rank 1 has a parameter more, as another code might."""
+    config = config_of("model.num_blocks=1", "model.num_layers=1", "parallel.replicas=2")
+    topology = rank.join(layout_of(config, 2))
+    sets = load_dataset(config.data, "train"), load_dataset(config.data, "test")
+    state = Trainer(setup_of(config), topology, *sets).state
+    if rank.launch.rank == 1:
+        state.blocks[0].form["extra"] = torch.empty(2, device="meta")
+    with pytest.raises(TopologyError) as caught:
+        topology.check_agreement(state.describe_parameters())
+    return str(caught.value)
+
+
+def test_a_copy_with_a_tensor_more_is_refused(ranks):
+    for told in ranks.run(2, describe_with_a_tensor_of_its_own):
+        assert re.search(r"block 0: number of tensors", told)
