@@ -13,6 +13,7 @@ from torch.distributed.run import get_args_parser
 
 import dbdist
 from dbdist.cli import COMMANDS, main
+from dbdist.commands import plan
 from dbdist.config import registry
 from dbdist.config.parse import parse_config
 from dbdist.config.presets import presets
@@ -64,6 +65,8 @@ def check(words):
             config_of("--run_dir", rest)
         case ["dbdist", "configs", name]:
             assert name in presets()
+        case ["dbdist", "plan", name, *rest] if name in presets():
+            plan.run([name, *rest])
         case ["dbdist", "plan" | "check-data", name, *_]:
             assert name in presets() or name == "CONFIG"
         case ["dbdist", command, *_]:
