@@ -67,7 +67,7 @@ class Process(Protocol):
         self,
         size: tuple[int, ...],
         kind: Literal["mean", "noise"],
-        level: float | None,
+        level: float,
         generator: torch.Generator,
         dtype: torch.dtype,
     ) -> Tensor:

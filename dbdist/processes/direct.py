@@ -48,7 +48,7 @@ class Direct:
         self,
         size: tuple[int, ...],
         kind: Literal["mean", "noise"],
-        level: float | None,
+        level: float,
         generator: torch.Generator,
         dtype: torch.dtype,
     ) -> Tensor:

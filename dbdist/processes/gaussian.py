@@ -190,15 +190,14 @@ class Gaussian:
         self,
         size: tuple[int, ...],
         kind: Literal["mean", "noise"],
-        level: float | None,
+        level: float,
         generator: torch.Generator,
         dtype: torch.dtype,
     ) -> Tensor:
         """Zero, or N(0, 1 + sigma^2) as published: z0 is negligible beside sigma."""
         if kind == "mean":
             return torch.zeros(size, dtype=dtype)
-        sigma = self.partition.sigma_max if level is None else level
-        return math.sqrt(1 + sigma**2) * torch.randn(size, generator=generator, dtype=dtype)
+        return math.sqrt(1 + level**2) * torch.randn(size, generator=generator, dtype=dtype)
 
     def step(
         self, z: Tensor, denoised: Tensor, level: float, next_level: float, draw: Tensor | None
