@@ -59,11 +59,11 @@ class Setup:
             "mode": "end_to_end" if self.config.is_plain else "blocks",
             "task": self.config.task.name,
             "task_options": self.task.describe() or None,  # None in older checkpoints too
+            "data": self.spec.name,  # before what follows from it
             "architecture": self.model.describe(),
             "layers_per_block": [len(layers) for layers in self.config.layers_of_block],
             "boundaries": partition.boundaries.tolist() if partition else None,
             "noise": None if self.config.is_plain else self.process.describe(),
-            "data": self.spec.name,
             "inputs": _inputs(self.spec),
         }
 

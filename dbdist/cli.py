@@ -8,6 +8,7 @@ from importlib import import_module
 
 from dbdist.commands.command_line import fail, print_anything
 from dbdist.config.nearest import unknown
+from dbdist.config.registry import SECTIONS
 
 COMMANDS = {
     "train": "train the blocks of a model, one per rank (torchrun), or a whole model in one "
@@ -29,7 +30,9 @@ def main(argv: list[str] | None = None) -> None:
     print_anything()
     if not argv or argv[0] in ("-h", "--help"):
         lines = [f"  {name:<18}{text}" for name, text in COMMANDS.items()]
-        print("usage: dbdist COMMAND [--help] …\n\ncommands:\n" + "\n".join(lines))
+        print("usage: dbdist COMMAND [--help] …\n\ncommands:\n" + "\n".join(lines) + "\n")
+        for section, known in SECTIONS.items():
+            print(f"--{section}.name: {', '.join(known)}")
         sys.exit(0 if argv else 2)
     if argv[0] == "--version":
         from dbdist.version import __version__

@@ -24,6 +24,10 @@ class CheckpointError(UserError):
     """A checkpoint or weights file that is missing, damaged or of another model."""
 
 
+class OtherModelError(CheckpointError):
+    """A checkpoint that is whole, but of another model than the configuration's."""
+
+
 class Fault(Exception):
     """A run that cannot go on, through no mistake of its user.
 

@@ -14,7 +14,7 @@ from dbdist import log
 from dbdist.checkpoint.manifest import Checkpoint, open_folder, saved_folders
 from dbdist.checkpoint.names import MANIFEST, step_of
 from dbdist.checkpoint.retention import rename_free
-from dbdist.errors import CheckpointError
+from dbdist.errors import CheckpointError, OtherModelError
 from dbdist.parallel.topology import Topology
 
 Needs = Callable[[Checkpoint], Iterable[str]]
@@ -88,18 +88,20 @@ class Candidates:
         raise CheckpointError(reason)
 
     def _choose(self, step: int | None) -> Choice | None:
-        damaged: list[tuple[Path, str]] = []
+        damaged: list[tuple[Path, CheckpointError]] = []
         for path in reversed(self._found(step)):
-            checkpoint, reason = self._verdict(path)
-            if checkpoint is not None:
+            verdict = self._verdict(path)
+            if isinstance(verdict, Checkpoint):
                 if damaged:
-                    self._accept_older(damaged[0][1], checkpoint)
-                return Choice(checkpoint, [path for path, _ in damaged])
+                    self._accept_older(damaged[0][1], verdict)
+                return Choice(verdict, [path for path, _ in damaged])
             if not self._is_training and any(self._topology.gather(not path.is_dir())):
-                raise _Gone(reason)
-            damaged.append((path, reason))
+                raise _Gone(str(verdict))
+            damaged.append((path, verdict))
         if not damaged:
             return None
+        if isinstance(damaged[0][1], OtherModelError):
+            raise damaged[0][1]
         rest = "give another --eval.step, or leave it out for the newest"
         if step is None:
             rest = "no other checkpoint is intact; bring the file back from a copy, or give another"
@@ -129,8 +131,8 @@ class Candidates:
             )
         return wanted
 
-    def _verdict(self, path: Path) -> tuple[Checkpoint | None, str]:
-        """(the checkpoint, "") if it is intact for every rank, else (None, the first reason)."""
+    def _verdict(self, path: Path) -> Checkpoint | CheckpointError:
+        """The checkpoint if it is intact for every rank, else the first rank's reason."""
         checkpoint, reason = None, None
         try:
             checkpoint = open_folder(path, self._blocks, hold=not self._is_training)
@@ -139,17 +141,18 @@ class Candidates:
             for file in self._needs(checkpoint):
                 checkpoint.check(file)
         except CheckpointError as error:
-            reason = str(error)
+            reason = error
         except OSError as error:  # a run that goes on may remove it meanwhile
-            reason = f"{path} cannot be read ({error.strerror})"
+            reason = CheckpointError(f"{path} cannot be read ({error.strerror})")
         reasons = [given for given in self._topology.gather(reason) if given is not None]
         if not reasons:
-            return checkpoint, ""
+            assert checkpoint is not None
+            return checkpoint
         if checkpoint is not None:
             checkpoint.close()
-        return None, reasons[0]
+        return reasons[0]
 
-    def _accept_older(self, reason: str, intact: Checkpoint) -> None:
+    def _accept_older(self, reason: CheckpointError, intact: Checkpoint) -> None:
         """Warns that an older checkpoint is used; raises CheckpointError where it may not be."""
         use = "continue from" if self._is_training else "use"
         if not self._fallback:

@@ -21,7 +21,7 @@ from dbdist.checkpoint.names import FILE, MANIFEST, blocks_in, step_folders, ste
 from dbdist.checkpoint.older import upgraded_model
 from dbdist.checkpoint.parts import assemble, differences, has_all
 from dbdist.checkpoint.weights import load_weights
-from dbdist.errors import CheckpointError
+from dbdist.errors import CheckpointError, OtherModelError
 from dbdist.whole_files import open_file, read_file, sync_folder, write_json
 
 FORMAT = "dbdist-checkpoint"
@@ -99,13 +99,13 @@ class Checkpoint:
                 raise self._wrong_size(file, size)
 
     def check_fits(self, description: Mapping[str, Any]) -> None:
-        """Raises CheckpointError, naming the first difference, for another model or partition."""
+        """Raises OtherModelError, naming the first difference, for another model or partition."""
         stored = self.manifest["model"]
         if "inputs" not in stored:  # of an older version
             description = {k: v for k, v in description.items() if k != "inputs"}
         if difference := next(differences(stored, description), None):
             key, stored, value = difference
-            raise CheckpointError(
+            raise OtherModelError(
                 f"{self.path} holds a model with {key} {_shown(stored)}, the configuration says "
                 f"{value}; use its own configuration or another run_dir"
             )
@@ -182,7 +182,7 @@ def newest_steps(run_dir: Path, num_blocks: int) -> list[int | None]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Reads the manifest of a step's folder: manifest.json, or the joined reports of all blocks.
+    """Reads the manifest of a step's folder: manifest.json, or the joined parts of all blocks.
 
     Raises CheckpointError for one that is damaged, of another format, version or step, or names
     files outside the folder.

@@ -61,7 +61,7 @@ def step_folder(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    """Of a folder that is named like a checkpoint."""
+    """Returns the step of a folder that is named like a checkpoint."""
     return int(path.name.removeprefix("step-"))
 
 

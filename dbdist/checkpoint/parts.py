@@ -62,9 +62,9 @@ def _is_entry(entry: Any) -> bool:
 
 
 def has_all(path: Path) -> bool:
-    """Says whether a folder without a manifest is a checkpoint: every block has a report there.
+    """Says whether a folder without a manifest is a checkpoint: every block has a part there.
 
-    At least one block was saved without waiting for others: reports that were written together wait
+    At least one block was saved without waiting for others: parts that were written together wait
     for their manifest, which comes after the metrics.
     """
     blocks = blocks_in(path)
@@ -91,9 +91,9 @@ def _may_be_alone(path: Path, block: int) -> bool:
 
 
 def join_parts(parts: Sequence[Part], places: Sequence[Path]) -> dict[str, Any]:
-    """Joins the blocks' reports to the content of a manifest, without its format.
+    """Joins the blocks' parts to the content of a manifest, without its format.
 
-    places: where each report comes from, for the error. Raises CheckpointError where they are not
+    places: where each part comes from, for the error. Raises CheckpointError where they are not
     of one model.
     """
     first = parts[0]

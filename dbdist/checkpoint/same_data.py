@@ -1,6 +1,6 @@
 """Compares the data with those that a checkpoint was trained on, at every use.
 
-A manifest or a block's report holds `data`: name and class names, `spec` (what a model must know of
+A manifest or a block's part holds `data`: name and class names, `spec` (what a model must know of
 the data: classes, sizes, scaling) and `train` and `test` (number and digest of the samples). Older
 ones hold less, and are compared on what they have.
 """

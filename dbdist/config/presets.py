@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from dbdist.config.nearest import nearest
+from dbdist.config.registry import DATASETS
 from dbdist.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -52,6 +53,8 @@ def _hint(path: Path, known: dict[str, Path]) -> str:
         pass  # no such folder either
     if close := difflib.get_close_matches(path.name, beside, n=1, cutoff=0.6):
         return f"did you mean {path.with_name(close[0])}?"
+    if str(path) in DATASETS:
+        return f"to train on that data set, give --data.name {path}, after a preset or alone"
     if (meant := nearest(path.stem, known)) is not None:
         return f"did you mean the preset {meant}?"
     return f"presets are {', '.join(known)}"

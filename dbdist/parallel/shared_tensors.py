@@ -41,7 +41,7 @@ class SharedTensors:
         self.gradients.segments[0][0] += 0 * loss
 
     def average_gradients(self) -> None:
-        """Over the copies of this rank's block, once a step, when its gradients are complete."""
+        """Averages over the copies of this rank's block, once all gradients of a step are there."""
         group, size = self._topology.replica_group, self._topology.layout.num_replicas
         if group is None:
             return
@@ -63,7 +63,8 @@ def take_leaders_buffers(
 ) -> None:
     """Gives buffers that modules have registered the values of rank `leader`'s.
 
-    Collective in the group; None: all ranks."""
+    Collective in the group; None: all ranks.
+    """
     size = topology.world_size if group is None else group.size()
     if size == 1 or not buffers:
         return

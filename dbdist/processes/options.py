@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from dbdist.config.options import ProcessOptions, Ranges, SamplerOptions
-from dbdist.config.ranges import POSITIVE, Range
+from dbdist.config.ranges import FRACTION, POSITIVE, Range
 from dbdist.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ class GaussianOptions(ProcessOptions):
         "sigma_min": POSITIVE,
         "sigma_max": POSITIVE,
         "sigma_data": POSITIVE,
-        "overlap": Range(low=0, high=1),
+        "overlap": FRACTION,
     }
 
     name: str = "gaussian"

@@ -219,8 +219,11 @@ def last_schedule_step(config: Config, num_train: int) -> int | None:
 def config_file_of(run_dir: Path) -> Path:
     """RUN/config.yaml. Raises ConfigError where there is no run."""
     if read_config(run_dir) is None:
+        beside = Path(Config().run_dir).parent / run_dir
+        meant = f"did you mean {beside}?" if (beside / "config.yaml").is_file() else ""
         raise ConfigError(
-            f"{run_dir} holds no run (config.yaml is missing); give --run_dir of a trained one"
+            f"{run_dir} holds no run (config.yaml is missing); "
+            f"{meant or 'give the folder of a trained one'}"
         )
     return run_dir / "config.yaml"
 

@@ -83,11 +83,10 @@ class Wire:
     @staticmethod
     def of(task: Task, num_draws: int, dtype: torch.dtype) -> "Wire":
         """dtype: of the shared modules."""
-        has_carry = bool(task.carry_shape)
         return Wire(
             (num_draws, *task.state_shape),
             task.state_dtype or dtype,
-            task.carry_shape if has_carry else (0,),
+            task.carry_shape or (0,),
             dtype,
         )
 

@@ -143,7 +143,7 @@ def test_what_was_trained_otherwise_is_told(tmp_path, capsys):
         ("noise.p_mean=-1", r"has boundaries \[0\.002, .*\], but .*b has \[0\.002"),
         ("model.hidden_size=24", r"has architecture\.hidden_size 12, but .*b has 24"),
         ("noise.overlap=0.2", r"has noise\.overlap 0\.05, but .*b has 0\.2"),
-        ("data.name=mnist5k", "has architecture.image_size 8, but .*b has 28"),
+        ("data.name=mnist5k", "has data digits, but .*b has mnist5k"),
         ("train.ema_decay=0.9", r"has train\.ema_decay above 0 False, but .*b has True"),
     ],
 )

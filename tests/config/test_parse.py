@@ -119,6 +119,10 @@ def test_a_missing_file_names_the_nearest(tmp_path, monkeypatch, given, meant):
     assert meant in message
 
 
+def test_the_name_of_a_data_set_in_place_of_a_file_says_where_it_goes():
+    assert "--data.name cifar10" in refusal("--config", "cifar10")
+
+
 def test_presets_are_found_from_anywhere_and_a_file_of_that_name_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("digits").mkdir()  # a folder is no configuration

@@ -118,6 +118,14 @@ def test_damage_is_told_by_name_and_the_newest_intact_step_is_offered(copy, dama
     assert sorted(p.name for p in path.parent.iterdir()) == before
 
 
+def test_another_model_is_no_damage(copy):
+    folder, _ = copy
+    other = {**setup_of(config_of(folder)).describe(), "data": "mnist5k"}
+    found = Candidates(folder, ALONE, other, lambda _: [], fallback=False)
+    with pytest.raises(CheckpointError, match="data digits, the configuration says mnist5k; use"):
+        found.newest()
+
+
 @cases
 def test_the_newest_intact_checkpoint_is_taken_and_what_is_damaged_set_aside(copy, damage, capsys):
     folder, path = copy

@@ -130,6 +130,13 @@ def test_a_directory_that_cannot_be_made_is_refused_by_name(tmp_path, claim):
     assert (tmp_path / "file").read_text() == ""
 
 
+def test_the_name_of_a_run_without_its_folder_names_the_run(tmp_path, claim, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    claim(Config(run_dir="runs/mine"), 100, None)
+    with pytest.raises(ConfigError, match="did you mean runs/mine"):
+        run_dir.config_file_of(Path("mine"))
+
+
 def test_lists_and_tuples_are_the_same_value(tmp_path, claim):
     config = changed(held_by(tmp_path), "model.layers_per_block", (1, 2, 3))
     claim(config, 1000, 4)

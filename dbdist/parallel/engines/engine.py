@@ -83,7 +83,8 @@ class Engine(Protocol):
     def set_weights(self, weights: Named) -> None:
         """Takes whole tensors by name, the same on every replica.
 
-        Raises ValueError unless every parameter and every buffer gets one."""
+        Raises ValueError unless every parameter and every buffer gets one.
+        """
         ...
 
     def optimizer_state(self) -> State:
@@ -156,5 +157,5 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def gradients(module: nn.Module) -> list[Tensor]:
-    """Of the parameters that have one."""
+    """Lists the gradients of the parameters that have one."""
     return [p.grad for p in module.parameters() if p.grad is not None]

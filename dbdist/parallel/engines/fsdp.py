@@ -119,7 +119,8 @@ def _units(block: nn.Module, ties: Mapping[str, str]) -> Iterator[nn.Module]:
     """The modules that FSDP2 takes as one, inner before outer; what they hold is split together.
 
     These are modules of another dtype than most of their layer, the layers, and the block with what
-    is left: a layer that has a tensor in common with another stays in it."""
+    is left: a layer that has a tensor in common with another stays in it.
+    """
     tied = {*ties, *ties.values()}
     usual = Counter(p.dtype for p in block.parameters()).most_common(1)[0][0]
     for path, module in reversed(list(block.named_modules())):

@@ -16,7 +16,8 @@ class Split:
     def values(self, num_weights: int, num_copies: int, num_averages: int) -> float:
         """Numbers that a rank holds of a block of so many weights, with AdamW's two moments.
 
-        num_averages: 1 with averaged weights, else 0."""
+        num_averages: 1 with averaged weights, else 0.
+        """
         return num_weights * (
             (1 + num_averages) / (num_copies if self.weights else 1)
             + 1 / (num_copies if self.gradients else 1)
@@ -27,7 +28,8 @@ class Split:
         """Numbers that a pass over a batch moves: a ring passes on (R - 1) / R of them.
 
         Whole copies reduce-scatter and all-gather gradients, or stepped weights; split weights are
-        gathered in forward and backward, and their gradients reduce-scattered."""
+        gathered in forward and backward, and their gradients reduce-scattered.
+        """
         return 2 * num_weights + num_trained if self.weights else 2 * num_trained
 
 

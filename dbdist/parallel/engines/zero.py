@@ -276,7 +276,8 @@ def _confine(deepspeed: Any, copies: dist.ProcessGroup) -> None:
     """Makes this block's copies the whole world for DeepSpeed.
 
     Stage 3 compares and broadcasts its order of layers from rank 0 of the world: other blocks have
-    other layers, and a dedicated coordinator has none and never answers."""
+    other layers, and a dedicated coordinator has none and never answers.
+    """
     # DeepSpeed has no call for another world than torch's: a subclass of its backend translates;
     # held by test_deepspeed_takes_a_blocks_copies_for_the_whole_world.
     deepspeed.comm.init_distributed(dist_init_required=False, verbose=False)

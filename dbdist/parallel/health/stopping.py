@@ -80,7 +80,8 @@ class Stopping:
     def may_begin(self, step: int) -> Stop | None:
         """None, or why to stop before this step (from 0).
 
-        Waits for the answer once a stop is asked for."""
+        Waits for the answer once a stop is asked for.
+        """
         with self._changed:
             while self._stop is not None and not self._is_decided:
                 self._changed.wait()
@@ -95,7 +96,8 @@ class Stopping:
     def wait_for_all(self) -> Stop | None:
         """Waits until every rank has taken its last step, where a rank could leave without them.
 
-        Returns why not to wait any longer: the blocks stop each where it is."""
+        Returns why not to wait any longer: the blocks stop each where it is.
+        """
         if self._store is None:
             return None
         num_done = self._store.add("done", 1)
@@ -130,7 +132,8 @@ class Stopping:
     def attend(self) -> None:
         """Takes a round of the agreement; the thread that talks with the store calls it often.
 
-        Raises RuntimeError when the store is gone."""
+        Raises RuntimeError when the store is gone.
+        """
         store = self._store
         if store is None or self._is_decided:
             return
