@@ -102,7 +102,7 @@ def test_every_objective_stays_on_the_gpu(options):
 def test_every_chain_stays_on_the_gpu(options):
     """What is sent and scored as well."""
     fake = OnFakeGpu(options)
-    task, sampler, rows = fake.task, fake.sampler, Rows(0, 0, NUM_SAMPLES, NUM_SAMPLES)
+    task, sampler, rows = fake.task, fake.sampler, Rows(0, NUM_SAMPLES)
     wire = Wire.of(task, sampler.num_draws, torch.float32)
     z = fake.moved(sampler.initial_state(task, rows, torch.float32))
     with fake.mode:

@@ -172,6 +172,7 @@ class TrainConfig(Options):
         "eps": POSITIVE,
         "clip_norm": POSITIVE,
         "ema_decay": FRACTION_BELOW_1,
+        "ema_rampup": FRACTION,
         "max_skipped": at_least(0),
         "log_every": at_least(1),
     }
@@ -209,6 +210,9 @@ class TrainConfig(Options):
     """Recompute layers in backward instead of keeping activations: less memory, more time."""
     ema_decay: float = 0.0
     """Decay, per optimizer step, of averaged weights for evaluation and export; 0: off."""
+    ema_rampup: float = 0.0
+    """Half-life of the averages early on, as a fraction of the steps so far, until ema_decay's own
+    is shorter; 0: ema_decay from the first step. EDM takes 0.05."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """A block whose loss or gradient is not finite: all ranks stop, or that step of the block is
     skipped and counted."""
@@ -220,6 +224,8 @@ class TrainConfig(Options):
     def check(self) -> None:
         if self.max_steps is None and self.epochs is None:
             raise ConfigError("train.max_steps and train.epochs are both null; give one of them")
+        if self.ema_rampup > 0 and self.ema_decay == 0:
+            raise ConfigError("train.ema_rampup needs train.ema_decay, the decay that it leads to")
         if self.schedule != "cosine":
             for key, is_given in (
                 ("min_lr_ratio", self.min_lr_ratio != 0),

@@ -58,10 +58,10 @@ class WholeModel(nn.Module):
         self.sampler = sampler
 
     @torch.no_grad()
-    def forward(self, batch: Batch, batch_idx: int = 0) -> Tensor:
-        """The chain's answers. batch_idx names the noise that states start from."""
+    def forward(self, batch: Batch, first: int = 0) -> Tensor:
+        """The chain's answers. first: number of the first sample; numbers name the noise."""
         num_samples = len(next(iter(batch.values())))
-        rows = Rows(batch_idx, 0, num_samples, num_samples)
+        rows = Rows(first, first + num_samples)
         condition, answer, z, carry = self.task.condition(batch), None, None, None
         for block, denoiser in enumerate(self.denoisers):
             assert isinstance(denoiser, Denoiser)

@@ -238,8 +238,7 @@ def _measure(
         micro = MicroBatches(setup, topology, dataset, _dtype_of(denoiser))
         for i in range(len(micro.sizes)):
             batch, rows = micro.load(i), micro.rows_of(i)
-            place = "levels", block, rows.batch_idx, rows.start
-            generator = seeds.generator(setup.config.seed, *place)
+            generator = seeds.generator(setup.config.seed, "levels", block, rows.start)
             scores = figure.measure(denoiser, batch, block, generator).cpu()
             if not micro.is_idle(i):
                 total[block] += scores

@@ -28,12 +28,13 @@ class MicroBatches:
         self._device, self._dtype, self._dataset = topology.device, dtype, dataset
         num_samples = num_test_samples(dataset, e.batch_size, e.drop_last)
         num_replicas = topology.layout.num_replicas
+        self._batch_size = e.batch_size
         rows: list[list[Rows]] = [[] for _ in range(num_replicas)]
         for b, first in enumerate(range(0, num_samples, e.batch_size)):
-            size = min(e.batch_size, num_samples - first)
+            end = min(first + e.batch_size, num_samples)
             rows[b % num_replicas] += [
-                Rows(b, start, min(start + e.micro_batch_size, size), size)
-                for start in range(0, size, e.micro_batch_size)
+                Rows(start, min(start + e.micro_batch_size, end))
+                for start in range(first, end, e.micro_batch_size)
             ]
         self.rows = rows[topology.replica]
         """Which samples each micro-batch holds; idle ones are not listed."""
@@ -55,19 +56,20 @@ class MicroBatches:
         return i >= len(self.rows)
 
     def rows_of(self, i: int) -> Rows:
-        """Which samples a micro-batch holds; names its random numbers."""
-        return Rows(0, 0, 1, 1) if self.is_idle(i) else self.rows[i]
+        """Which samples a micro-batch holds."""
+        return Rows(0, 1) if self.is_idle(i) else self.rows[i]
 
     def load(self, i: int) -> Mapping[str, Tensor]:
         """A micro-batch on this rank's device; to be called in order."""
         if self.is_idle(i):
             return to_device(self._dataset.__getitems__([0]), self._device, self._dtype)
-        rows = self.rows[i]
-        if self._batch is None or self._batch[0] != rows.batch_idx:
+        wanted, start = divmod(self.rows[i].start, self._batch_size)
+        if self._batch is None or self._batch[0] != wanted:
             batch, loaded = next(self._batches)
-            assert loaded == rows.batch_idx, f"batch {loaded}, wanted {rows.batch_idx}"
+            assert loaded == wanted, f"batch {loaded}, wanted {wanted}"
             self._batch = loaded, to_device(batch, self._device, self._dtype)
-        return {name: value[rows.start : rows.stop] for name, value in self._batch[1].items()}
+        stop = start + self.sizes[i]
+        return {name: value[start:stop] for name, value in self._batch[1].items()}
 
 
 @dataclass(frozen=True)

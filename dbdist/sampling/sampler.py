@@ -27,12 +27,20 @@ Denoise = Callable[[Condition, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Rows:
-    """Which samples of which batch a micro-batch holds; names their random numbers."""
+    """The numbers of the samples in a micro-batch: what is random for a sample depends on its own.
 
-    batch_idx: int
+    So the same seed gives the same sample, however the samples are cut into batches.
+    """
+
     start: int
     stop: int
-    batch_size: int
+
+    def draw(
+        self, seed: int, purpose: str, *keys: seeds.Key, of: Callable[[torch.Generator], Tensor]
+    ) -> Tensor:
+        """Joins what `of` draws for each sample, from a generator of the sample's own."""
+        samples = range(self.start, self.stop)
+        return torch.cat([of(seeds.generator(seed, purpose, i, *keys)) for i in samples])
 
 
 @dataclass(frozen=True)
@@ -52,13 +60,15 @@ class Sampler:
     def initial_state(self, task: Task, rows: Rows, dtype: torch.dtype) -> Tensor:
         """First states of a micro-batch; the draws of a sample are adjacent.
 
-        What a sample starts from depends on its batch and place alone. dtype: of the model.
+        dtype: of the model.
         """
-        size = (rows.batch_size * self.num_draws, *task.state_shape)
-        generator = seeds.generator(self.seed, "sampler", rows.batch_idx)
+        size, level = (self.num_draws, *task.state_shape), self.steps.levels[0]
         dtype = task.state_dtype or dtype
-        z = self.process.start(size, self.start, self.steps.levels[0], generator, dtype)
-        return z[rows.start * self.num_draws : rows.stop * self.num_draws]
+        return rows.draw(
+            self.seed,
+            "sampler",
+            of=lambda generator: self.process.start(size, self.start, level, generator, dtype),
+        )
 
     @torch.no_grad()
     def run_block(
@@ -94,26 +104,29 @@ class Sampler:
     def guided(
         self, denoise: Denoise, task: Task, condition: Condition, z: Tensor, level_N: Tensor
     ) -> Tensor:
-        """Classifier-free guidance on the head's output: u + scale (c - u)."""
-        output = denoise(condition, z, level_N)
+        """Classifier-free guidance on the head's output, u + scale (c - u), both in one pass."""
         if self.guidance_scale == 0:
-            return output
-        unconditional = denoise(task.no_condition(condition, len(z)), z, level_N)
-        return unconditional + self.guidance_scale * (output - unconditional)
+            return denoise(condition, z, level_N)
+        both = _joined(condition, task.no_condition(condition, len(z)))
+        output = denoise(both, torch.cat([z, z]), torch.cat([level_N, level_N]))
+        conditional, unconditional = output.chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
 
     def _levels(self, level: float, z: Tensor) -> Tensor:
         dtype = z.dtype if z.is_floating_point() else torch.get_default_dtype()
         return torch.full((len(z),), level, dtype=dtype, device=z.device)
 
     def _draw(self, step: int, task: Task, rows: Rows | None, z: Tensor) -> Tensor | None:
-        """What a step draws for these rows: those of the whole batch's draw, wherever it is cut."""
-        assert rows is not None, "steps that draw need to know their rows"
-        generator = seeds.generator(self.seed, "step", rows.batch_idx, step)
-        size = (rows.batch_size * self.num_draws, *task.state_shape)
-        draw = self.process.draw(size, generator, z.dtype)
-        if draw is None:
-            return None
-        return draw[rows.start * self.num_draws : rows.stop * self.num_draws].to(z.device)
+        """What a step draws for these samples."""
+        assert rows is not None, "steps that draw need to know their samples"
+        size = (self.num_draws, *task.state_shape)
+
+        def draw(generator: torch.Generator) -> Tensor:
+            found = self.process.draw(size, generator, z.dtype)
+            assert found is not None, "a process that draws in its steps draws something"
+            return found
+
+        return rows.draw(self.seed, "step", step, of=draw).to(z.device)
 
 
 def build_sampler(setup: Setup) -> Sampler:
@@ -139,3 +152,9 @@ def _repeated(condition: Condition, times: int) -> Condition:
     if isinstance(condition, Tensor):
         return condition.repeat_interleave(times, dim=0)
     return tuple(_repeated(c, times) for c in condition)
+
+
+def _joined(one: Condition, other: Condition) -> Condition:
+    if isinstance(one, Tensor):
+        return torch.cat([one, other])
+    return tuple(_joined(a, b) for a, b in zip(one, other, strict=True))

@@ -23,7 +23,7 @@ Batch = Mapping[str, Tensor]
 Condition = Any
 """A tensor, or a tuple of tensors: what the network sees besides the state. Samples first."""
 Answer = Callable[[Batch, int], Tensor]
-"""(a batch of requests, its number, which names the noise) -> the chain's answers."""
+"""(a batch of requests, the number of its first sample) -> the chain's answers."""
 
 
 class Loss(NamedTuple):
@@ -165,12 +165,13 @@ class Loaded:
         self._answer = answer
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, batch_idx: int = 0) -> Tensor:
+    def __call__(self, batch: Batch, first: int = 0) -> Tensor:
         """The answers to a batch of requests, on the CPU.
 
-        batch: as the data set gives it. batch_idx: names the noise that states start from.
+        batch: as the data set gives it. first: number of its first sample; the noise that a sample
+        starts from depends on the number alone.
         """
-        return self._answer(to_device(batch, self.device, self.dtype), batch_idx).cpu()
+        return self._answer(to_device(batch, self.device, self.dtype), first).cpu()
 
     def probe(self) -> None:
         """Raises what a wrong description would raise at the first use."""

@@ -46,10 +46,10 @@ class Classifier:
         """
         pixels = pixels_of(images, self.spec)
         answers = [torch.empty(0, self.spec.num_classes, dtype=self.dtype)]
-        for batch_idx, rows in enumerate(pixels.split(batch_size) if len(pixels) else ()):
+        for i, rows in enumerate(pixels.split(batch_size) if len(pixels) else ()):
             label = torch.zeros(len(rows), dtype=torch.int64, device=self.device)
             batch = {"image": rows.to(self.device, self.dtype), "label": label}
-            answers.append(self._answer(batch, batch_idx).cpu())
+            answers.append(self._answer(batch, i * batch_size).cpu())
         return torch.cat(answers)
 
     def probe(self) -> None:

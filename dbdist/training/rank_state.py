@@ -88,13 +88,14 @@ class RankState:
             objective = setup.objective(model)
             self.blocks.append(OwnedBlock(index, module, model, objective, engine, form))
         self.sync = self._build_sync()
-        self._is_settled = True
+        self._is_settled, self._steps_done = True, 0
         self.ema: Ema | None = None
         is_bystander = config.has_copies and not self.blocks
         if config.train.ema_decay > 0 and not is_bystander:
             of_shared = prefixed(self.shared_tensors.parameters)
             of_blocks = {n: o.engine.shard(p) for o in self.blocks for n, p in o.trained.items()}
-            self.ema = Ema(config.train.ema_decay, {**of_shared, **of_blocks})
+            averaged = {**of_shared, **of_blocks}
+            self.ema = Ema(config.train.ema_decay, averaged, config.train.ema_rampup)
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -144,6 +145,7 @@ class RankState:
     def step_shared(self, steps_done: int, is_skipped: bool = False) -> None:
         """After `sync.begin`: the shared modules' step. Its result is here after `settle`."""
         self.sync.step(steps_done, is_skipped)
+        self._steps_done = steps_done
         self._is_settled = False
 
     def settle(self) -> None:
@@ -156,7 +158,7 @@ class RankState:
         self._is_settled = True
         self.sync.finish()
         if self.ema:
-            self.ema.update()
+            self.ema.update(self._steps_done)
 
     def share_buffers(self) -> None:
         """Gives every copy of a module its leader's buffers. Collective.

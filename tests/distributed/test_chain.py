@@ -65,15 +65,7 @@ def whole_sampler(config):
     setup = setup_of(config)
     sampler = build_sampler(setup)
     images, labels = data.__getitems__(list(range(SAMPLES))).values()
-    size = config.eval.batch_size
-    starts = range(0, SAMPLES, size)
-    counts = [min(size, SAMPLES - s) for s in starts]
-    z = torch.cat(
-        [
-            sampler.initial_state(setup.task, Rows(i, 0, n, n), torch.float64)
-            for i, n in enumerate(counts)
-        ]
-    )
+    z = sampler.initial_state(setup.task, Rows(0, SAMPLES), torch.float64)
     draws, grid = config.sampler.num_draws, torch.tensor(sampler.steps.levels, dtype=torch.float64)
     images = images.double().repeat_interleave(draws, dim=0)
     owners = setup.process.partition.steps(len(grid), config.sampler.sigma_start).owners

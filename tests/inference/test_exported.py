@@ -125,7 +125,7 @@ def test_a_loaded_model_answers_as_its_blocks_in_turn(tmp_path, private):
     sampler = Sampler(process, SCHEDULE.steps(4), 0, "noise", num_draws=2, guidance_scale=1.5)
     options = ClassificationSamplerOptions(label_table="raw")
     task = Classification(ClassificationOptions(), options, SPEC, 12, 2)
-    z = sampler.initial_state(task, Rows(0, 0, 7, 7), torch.float32)
+    z = sampler.initial_state(task, Rows(0, 7), torch.float32)
     images, answers = (pixels() - 0.3) / 0.4, []
     for b in range(2):
         denoiser = Denoiser(shared[b], blocks[b], process)
@@ -288,9 +288,9 @@ def test_a_model_of_version_1_predicts_as_its_blocks_in_turn(tmp_path, private, 
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(weights_of_blocks(private), tmp_path / "model.safetensors")
     shared, blocks = modules(private)
-    generator = seeds.generator(3, "sampler", 0)
     levels = SCHEDULE.levels(4, 20.0)
-    z = (1 + 20.0**2) ** 0.5 * torch.randn(14, 12, generator=generator)
+    noise = [torch.randn(2, 12, generator=seeds.generator(3, "sampler", i)) for i in range(7)]
+    z = (1 + 20.0**2) ** 0.5 * torch.cat(noise)
     images = ((pixels() - 0.3) / 0.4).repeat_interleave(2, dim=0)
     owners = owners or [0, 0, 1, 1]
     answer = torch.zeros(())

@@ -240,7 +240,8 @@ def test_a_lightning_checkpoint_is_imported_and_predicts_as_the_published_sample
     main(["import-published", str(tmp_path / "last.ckpt"), str(tmp_path / "out")])
     model = dbdist.load(tmp_path / "out")
     images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    z = (1 + 80.0**2) ** 0.5 * torch.randn(6, 32, generator=seeds.generator(0, "sampler", 0))
+    noise = [torch.randn(1, 32, generator=seeds.generator(0, "sampler", i)) for i in range(6)]
+    z = (1 + 80.0**2) ** 0.5 * torch.cat(noise)
     logits = load_published_vit(tmp_path / "last.ckpt").sample(images, z, 3)
     torch.testing.assert_close(model.predict_proba(images), logits.softmax(-1))
     assert model.predict(images).tolist() == logits.argmax(-1).tolist()

@@ -52,9 +52,8 @@ def sampler_of(num_steps, start="mean", level=None, schedule=SCHEDULE, **options
     return Sampler(Gaussian(schedule), schedule.steps(num_steps, level), start=start, **options)
 
 
-def initial(sampler, num_samples, shape, batch_idx=0, dtype=torch.float32):
-    rows = Rows(batch_idx, 0, num_samples, num_samples)
-    return sampler.initial_state(Twice(*shape), rows, dtype)
+def initial(sampler, num_samples, shape, first=0, dtype=torch.float32):
+    return sampler.initial_state(Twice(*shape), Rows(first, first + num_samples), dtype)
 
 
 def denoise(condition, z, sigma_N):
@@ -168,7 +167,7 @@ def test_guidance_is_linear_between_the_zero_and_the_true_condition(float64, sca
     without = denoise(torch.zeros(2), z, sigma)
     expected = with_image if scale == 0 else (1 - scale) * without + scale * with_image
     torch.testing.assert_close(guided, expected, rtol=1e-12, atol=1e-14)
-    assert len(calls) == (1 if scale == 0 else 2), "without guidance one evaluation a step"
+    assert [len(c) for c in calls] == [2 if scale == 0 else 4], "one pass, guided on twice the rows"
 
 
 def test_the_mean_start_is_zero():
@@ -185,9 +184,9 @@ def test_the_noise_start_has_the_variance_of_the_first_level(sigma_start):
     assert abs(z.mean().item()) < 0.03 * z.std().item()
 
 
-def test_the_noise_start_is_named_by_seed_and_batch():
-    def start(seed, batch_idx):
-        return initial(sampler_of(6, "noise", seed=seed), 3, (4,), batch_idx)
+def test_the_noise_start_is_named_by_seed_and_sample():
+    def start(seed, first):
+        return initial(sampler_of(6, "noise", seed=seed), 3, (4,), first)
 
     assert torch.equal(start(0, 1), start(0, 1))
     assert not torch.equal(start(0, 1), start(0, 2))
@@ -216,11 +215,11 @@ def test_without_noise_between_two_levels_nothing_is_random():
 
 
 @pytest.mark.parametrize("num_draws", [1, 2])
-def test_micro_batches_start_from_the_rows_of_their_batch(num_draws):
+def test_a_sample_starts_from_the_same_noise_however_samples_are_cut(num_draws):
     sampler = sampler_of(6, "noise", num_draws=num_draws)
     whole = initial(sampler, 5, (4,), 3)
     cuts = [
-        sampler.initial_state(Twice(4), Rows(3, start, stop, 5), torch.float32)
-        for start, stop in ((0, 2), (2, 4), (4, 5))
+        sampler.initial_state(Twice(4), Rows(start, stop), torch.float32)
+        for start, stop in ((3, 5), (5, 7), (7, 8))
     ]
     assert torch.equal(torch.cat(cuts), whole)
