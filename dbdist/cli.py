@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "show which block would go on which GPUs of which node, what it needs there, and what "
     "to type",
     "check-data": "open every sample once and list what cannot be used",
+    "sample": "draw samples from a run's model, through the chain or in one process",
     "export": "write a run's model as one model.safetensors + config.json for dbdist.load",
     "merge": "join blocks of one model that were trained in different places into one run",
     "import-published": "convert weights of the published ViT code to an exported model",

@@ -4,6 +4,7 @@ The pixels are those of the first frame. A picture whose meaning is not certain 
 """
 
 import contextlib
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -158,3 +159,13 @@ def _white_of(image: Any, tags: Any) -> float:
         is_signed = 2 in tags.get(339, (1,))
         return 2.0 ** (bits - is_signed) - 1
     return 2.0**bits - 1
+
+
+def png_of(pixels: UInt8[Tensor, "c h w"]) -> bytes:
+    """A PNG file of these pixels, grey (C = 1) or in colour (C = 3)."""
+    from PIL import Image
+
+    grey_or_colour = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+    file = io.BytesIO()
+    Image.fromarray(grey_or_colour.cpu().numpy()).save(file, "PNG")
+    return file.getvalue()

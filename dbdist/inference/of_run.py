@@ -23,7 +23,7 @@ from dbdist.models.denoiser import Denoiser
 from dbdist.parallel.layout import Layout
 from dbdist.parallel.topology import Topology
 from dbdist.run.folder import evaluation_file
-from dbdist.sampling.evaluation import Evaluation, check_test_set, evaluate
+from dbdist.sampling.evaluation import Evaluation, ModelOfBlock, check_test_set, evaluate
 from dbdist.whole_files import write_json
 
 
@@ -59,6 +59,20 @@ def _evaluate(setup: Setup, topology: Topology, checkpoint: Checkpoint) -> Evalu
         test_set = load_dataset(config.data, "test")
         check_test_set(config, test_set)
         other = compare_data(checkpoint, test_set, topology)
+    with topology.agree("preparing the figures"):
+        if topology.local_rank == 0:
+            setup.task.prepare(
+                lambda split: test_set if split == "test" else load_dataset(config.data, split)
+            )
+    blocks = blocks_here(setup, topology, checkpoint)
+    evaluation = evaluate(setup, topology, test_set, blocks, checkpoint.step)
+    if topology.is_coordinator:
+        report(evaluation, _write(config, evaluation, other))
+    return evaluation
+
+
+def blocks_here(setup: Setup, topology: Topology, checkpoint: Checkpoint) -> ModelOfBlock:
+    """Gives this rank's block; in one process every block, loaded when asked for. Collective."""
     own: dict[int, Denoiser] = {}
     with topology.agree("reading the checkpoint"):
 
@@ -68,14 +82,9 @@ def _evaluate(setup: Setup, topology: Topology, checkpoint: Checkpoint) -> Evalu
         if topology.world_size > 1 and topology.block is not None:
             own[topology.block] = load(topology.block)
         elif topology.world_size == 1:  # they are loaded in turn: look at all files before
-            for block in range(config.num_blocks):
+            for block in range(setup.config.num_blocks):
                 load(block)
-    evaluation = evaluate(
-        setup, topology, test_set, own.__getitem__ if own else load, checkpoint.step
-    )
-    if topology.is_coordinator:
-        report(evaluation, _write(config, evaluation, other))
-    return evaluation
+    return own.__getitem__ if own else load
 
 
 def compare_data(checkpoint: Checkpoint, test_set: Dataset, topology: Topology) -> str | None:

@@ -42,6 +42,12 @@ class Board:
         image = proto.Image(**size, encoded_image_string=png)
         self._write(step, proto(value=[proto.Value(tag=_tag(tag), image=image)]))
 
+    def text(self, step: int, tag: str, text: str) -> None:
+        from torch.utils.tensorboard.summary import text as summary_of
+
+        indented = "\n".join(f"    {line}" for line in text.splitlines())
+        self._write(step, summary_of(_tag(tag), indented))
+
     def final(self, step: int, figures: Scalars) -> None:
         """The configuration and the run's last figures, for the table of hyperparameters."""
         from torch.utils.tensorboard.summary import hparams

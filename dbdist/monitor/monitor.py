@@ -16,9 +16,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from dbdist import log
 from dbdist.checkpoint.manifest import complete_folders
+from dbdist.data.pictures import png_of
 from dbdist.monitor.board import Board
 from dbdist.monitor.display import Display, SteadyConsole, clock_text, print_line
 from dbdist.monitor.levels import Levels
@@ -95,6 +97,14 @@ class Monitor(AbstractContextManager["Monitor"]):
                 tag = f"train/{histogram['level']}_{name}/block{histogram['block']}"
                 self._painter.ask(tag, step, {"histogram": histogram, "name": name})
         self._hang_pictures()
+
+    def preview(self, step: int, shown: Tensor | str) -> None:
+        """Puts some answers of an evaluation where TensorBoard finds them: a picture or a text."""
+        with self._surviving(self._board.folder):
+            if isinstance(shown, str):
+                self._board.text(step, "val/samples", shown)
+            else:
+                self._board.picture(step, "val/samples", png_of(shown))
 
     def has_recorded(self, step: int) -> bool:
         """Whether all reporters have come as far; then what they recorded is in the files."""

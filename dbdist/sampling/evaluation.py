@@ -28,10 +28,12 @@ from dbdist.models.denoiser import Denoiser
 from dbdist.parallel.chain import Chain
 from dbdist.parallel.topology import Topology
 from dbdist.sampling.micro_batches import MicroBatches, Wire
-from dbdist.sampling.sampler import build_sampler, describe_sampler
+from dbdist.sampling.sampler import Rows, build_sampler, describe_sampler
 from dbdist.tasks.base import Batch, Figures, MainFigure
 from dbdist.whole_files import write_json
 
+NUM_PREVIEWED = 32
+"""Answers that are looked at, of the first samples."""
 ModelOfBlock = Callable[[int], Denoiser]
 """Called with this rank's block; in one process with every block in turn."""
 
@@ -52,6 +54,8 @@ class Evaluation:
     samples_per_s: float
     sampler: dict[str, Any]
     step: int
+    preview: Tensor | str | None = None
+    """Some of the answers, to look at."""
 
     @property
     def value(self) -> float:
@@ -89,6 +93,7 @@ class Evaluation:
 class Answers:
     """A micro-batch after one block, and its answer if the chain ended here."""
 
+    rows: Rows
     batch: Batch
     answer: Tensor
 
@@ -120,7 +125,7 @@ def chain_answers(
         )
         carry, answer = task.read(block, answer, carry)
         if not micro.is_idle(i):
-            results.append(Answers(batch, answer))
+            results.append(Answers(micro.rows_of(i), batch, answer))
         return wire.pack(z, carry)
 
     Chain(topology).run(micro.sizes, (wire.row_bytes,), torch.uint8, first, work)
@@ -150,8 +155,21 @@ def process_answers(
             carry, answer = task.read(block, answer, carry)
             states[i] = z, carry
             if not micro.is_idle(i):
-                yield block, Answers(batch, answer)
+                yield block, Answers(rows, batch, answer)
         del denoiser
+
+
+def answers_here(
+    setup: Setup, topology: Topology, dataset: Dataset, model_of_block: ModelOfBlock
+) -> Iterator[tuple[int, Answers]]:
+    """(block, answers) of everything that this rank scores."""
+    is_whole = setup.config.num_blocks == 1 or topology.world_size == 1
+    if is_whole and topology.block is not None:
+        yield from process_answers(setup, topology, dataset, lambda b: model_of_block(b).eval())
+    elif topology.block is not None:
+        denoiser = model_of_block(topology.block).eval()
+        for answers in chain_answers(setup, topology, dataset, denoiser):
+            yield topology.block, answers
 
 
 @torch.no_grad()
@@ -163,11 +181,14 @@ def evaluate(
     topology.watch.at("evaluation", waits=True)
     topology.barrier()
     start = time.perf_counter()
+    previewed: list[Tensor] = []
     totals = [torch.zeros(config.num_blocks, f.size, dtype=torch.float64) for f in figures]
     is_bf16 = config.train.precision == "bf16"
     with torch.autocast(topology.device.type, torch.bfloat16, enabled=is_bf16):
         of_chain = [(f, t) for f, t in zip(figures, totals, strict=True) if f.kind == "chain"]
-        for block, answers in _answers(setup, topology, dataset, model_of_block):
+        for block, answers in answers_here(setup, topology, dataset, model_of_block):
+            if block == config.num_blocks - 1 and answers.rows.start < NUM_PREVIEWED:
+                previewed.append(answers.answer)
             for figure, total in of_chain:
                 total[block] += figure.add(answers.answer, answers.batch).cpu()
         for figure, total in zip(figures, totals, strict=True):
@@ -175,6 +196,8 @@ def evaluate(
                 _measure(setup, topology, dataset, model_of_block, figure, total)
     for total in totals:
         _add_up(topology, total)
+    preview = setup.task.preview(torch.cat(previewed)[:NUM_PREVIEWED]) if previewed else None
+    preview = next((shown for shown in topology.gather(preview) if shown is not None), None)
     elapsed = time.perf_counter() - start
     found: dict[str, Any] = {}
     for figure, total in zip(figures, totals, strict=True):
@@ -188,6 +211,7 @@ def evaluate(
         samples_per_s=num_samples / elapsed,
         sampler=describe_sampler(setup),
         step=step,
+        preview=preview,
     )
 
 
@@ -206,19 +230,6 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
         write_json(run_dir / "evaluation.json", evaluation.to_json())
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written ({error.strerror})") from None
-
-
-def _answers(
-    setup: Setup, topology: Topology, dataset: Dataset, model_of_block: ModelOfBlock
-) -> Iterator[tuple[int, Answers]]:
-    """(block, answers) of everything that this rank scores."""
-    is_whole = setup.config.num_blocks == 1 or topology.world_size == 1
-    if is_whole and topology.block is not None:
-        yield from process_answers(setup, topology, dataset, lambda b: model_of_block(b).eval())
-    elif topology.block is not None:
-        denoiser = model_of_block(topology.block).eval()
-        for answers in chain_answers(setup, topology, dataset, denoiser):
-            yield topology.block, answers
 
 
 def _measure(

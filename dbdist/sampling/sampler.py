@@ -27,9 +27,10 @@ Denoise = Callable[[Condition, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Rows:
-    """The numbers of the samples in a micro-batch: what is random for a sample depends on its own.
+    """The numbers of the samples in a micro-batch.
 
-    So the same seed gives the same sample, however the samples are cut into batches.
+    What is random for a sample depends on its number alone: the same seed gives the same sample,
+    however the samples are cut into batches.
     """
 
     start: int

@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dbdist import seeds
+from dbdist.data.base import Dataset
+from dbdist.errors import ConfigError
 from dbdist.models.base import Model
 from dbdist.models.denoiser import Denoiser
 from dbdist.processes.base import Process
@@ -22,6 +24,7 @@ from dbdist.processes.base import Process
 Batch = Mapping[str, Tensor]
 Condition = Any
 """A tensor, or a tuple of tensors: what the network sees besides the state. Samples first."""
+LoadSplit = Callable[[Literal["train", "test"]], Dataset]
 Answer = Callable[[Batch, int], Tensor]
 """(a batch of requests, the number of its first sample) -> the chain's answers."""
 
@@ -142,12 +145,29 @@ class Task(ABC):
         keep_N = torch.zeros(num_samples, dtype=torch.bool, device=_device_of(condition))
         return self.drop(condition, keep_N)
 
+    def prepare(self, load: LoadSplit) -> None:  # noqa: B027
+        """Puts on disk what figures need; one process a node calls it before any evaluation.
+
+        load: gives the data set's split, "train" or "test".
+        """
+
     @abstractmethod
     def figures(self) -> Sequence[Figures]:
         """The figures of an evaluation; the main figure is one of their results."""
 
+    def preview(self, answers: Tensor) -> Tensor | str | None:
+        """Some answers to look at: a picture, uint8 (C, H, W), or a text; None: nothing to see."""
+        return None
+
+    def requests(self, classes: Sequence[int] | None, num: int) -> Dataset:
+        """Makes so many requests for `dbdist sample`, of these classes in turn (None: of all).
+
+        Raises ConfigError.
+        """
+        raise ConfigError("this task draws no samples; `dbdist evaluate` scores its test set")
+
     def show(self, answers: Tensor, folder: Path) -> list[Path]:
-        """Writes answers for a person to look at; the files."""
+        """Writes samples for a person to look at, as files called sample…; the files."""
         return []
 
     def loaded(self, answer: Answer, device: torch.device, dtype: torch.dtype) -> Any:

@@ -18,6 +18,7 @@ from dbdist.monitor.ownership import peak_memory_mb
 from dbdist.parallel.mailbox import Mailbox
 from dbdist.parallel.shared_sync import SharedSync
 from dbdist.parallel.topology import Topology
+from dbdist.sampling.evaluation import Evaluation
 from dbdist.training.batches import StoppingBatches
 from dbdist.training.numerics import LossSpikes
 from dbdist.training.rank_state import OwnedBlock
@@ -184,6 +185,11 @@ class Records:
                 log.warning(record["warning"], at=record["place"])
             elif self.monitor is not None:
                 self.monitor.record(rank, record["step"], record["scalars"], record["histogram"])
+
+    def preview(self, step: int, evaluation: Evaluation) -> None:
+        """On rank 0: shows some answers of an evaluation."""
+        if self.monitor is not None and evaluation.preview is not None:
+            self.monitor.preview(step, evaluation.preview)
 
     def has(self, step: int) -> bool:
         """On rank 0: whether metrics.jsonl holds what every rank recorded up to this step."""

@@ -93,7 +93,7 @@ def train(
         with topology.agree("reading the dataset's folder"):
             setup = build_setup(config, dataset_spec(config.data))
         choice = find_start(setup, topology)
-        run = Run(setup, topology, choice, *load_data(config, topology))
+        run = Run(setup, topology, choice, *load_data(setup, topology))
         compare_data(run)
         take_folder(run, held)
         monitor = open_monitor(run, held)
@@ -115,8 +115,9 @@ def find_start(setup: Setup, topology: Topology) -> Choice | None:
     ).newest()
 
 
-def load_data(config: Config, topology: Topology) -> tuple[Dataset, Dataset]:
+def load_data(setup: Setup, topology: Topology) -> tuple[Dataset, Dataset]:
     """The training set and the test set, the same on all ranks. Collective."""
+    config = setup.config
     with topology.agree():
         if topology.local_rank == 0:
             prepare(config.data)
@@ -125,6 +126,9 @@ def load_data(config: Config, topology: Topology) -> tuple[Dataset, Dataset]:
     with topology.agree("comparing the data"):
         data = {"the training set": train_set.digest(), "the test set": test_set.digest()}
         topology.check_agreement(data)
+    with topology.agree("preparing the figures"):
+        if topology.local_rank == 0 and config.is_joint:
+            setup.task.prepare({"train": train_set, "test": test_set}.__getitem__)
     return train_set, test_set
 
 

@@ -338,6 +338,7 @@ class Trainer:
         evaluation = self.evaluate(step) if due.evaluate else None
         if evaluation is not None and self.topology.is_coordinator:
             scalars |= evaluation.scalars()
+            self.records.preview(step, evaluation)
         if due.record:
             self.topology.watch.at("recording")
             is_last = step == self.max_steps
