@@ -89,6 +89,14 @@ def build_setup(config: Config, spec: Any) -> Setup:
             f"task {config.task.name}, model {config.model.name} and data {config.data.name} do "
             f"not fit together ({error}); choose others with task.name, model.name, data.name"
         ) from None
+    needs = {"task.condition_dropout": config.task.condition_dropout}
+    needs |= {} if config.is_plain else {"sampler.guidance_scale": config.sampler.guidance_scale}
+    for key, value in needs.items():
+        if value > 0 and type(task).drop is Task.drop:
+            raise ConfigError(
+                f"{key} is {value}, but task {config.task.name} has no unconditional input "
+                "(Task.drop); leave it out"
+            )
     return Setup(config, spec, task, model, process)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from dbdist.errors import ConfigError
+
 Named = Iterable[tuple[str, Tensor]]
 
 
@@ -56,19 +58,32 @@ def tie(module: nn.Module, ties: Mapping[str, str]) -> None:
 
 @torch.no_grad()
 def fill_all(module: nn.Module, values: Named) -> None:
-    """Copies values into a module by name. Raises ValueError unless every tensor gets one."""
+    """Copies values into a module by name.
+
+    Raises ConfigError unless every tensor gets one, of its own shape.
+    """
     own = named_tensors(module)
     for name, value in complete(values, own):
+        if value.shape != own[name].shape:
+            raise ConfigError(
+                f"the model's weights give {name} the shape {tuple(value.shape)}, the module has "
+                f"{tuple(own[name].shape)}"
+            )
         own[name].copy_(value)
 
 
 def complete(values: Named, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """The values as they come. Raises ValueError for a name that is unknown or got no value."""
+    """The values as they come. Raises ConfigError for a name that is unknown or got no value."""
     missing = dict.fromkeys(names)
     for name, value in values:
         if name not in missing:
-            raise ValueError(f"a value for {name}, which the model lacks or has already got")
+            raise ConfigError(
+                f"the model's weights give a value for {name}, which the module lacks or has got"
+            )
         del missing[name]
         yield name, value
     if missing:
-        raise ValueError(f"the model gives no value for {', '.join(sorted(missing))}")
+        raise ConfigError(
+            f"the model's weights give no value for {', '.join(sorted(missing))}; every parameter "
+            "and buffer needs one"
+        )

@@ -25,12 +25,12 @@ class Plugin:
 
     @property
     def options_class(self) -> type[Any]:
-        """The dataclass of its options."""
-        return resolve_name(self.options)
+        """The dataclass of its options. Raises ConfigError where it is not there."""
+        return _resolved(self.options)
 
     def load(self) -> Any:
-        """Imports the code."""
-        return resolve_name(self.code)
+        """Imports the code. Raises ConfigError where it is not there."""
+        return _resolved(self.code)
 
 
 _IMAGES = Plugin("dbdist.data.options:ImageOptions", "dbdist.data.sets")
@@ -62,6 +62,16 @@ SECTIONS: Mapping[str, dict[str, Plugin]] = {
 """Sections of the configuration whose `name` chooses their other keys."""
 
 
+def _resolved(place: str) -> Any:
+    try:
+        return resolve_name(place)
+    except (ModuleNotFoundError, AttributeError) as error:
+        module = place.partition(":")[0]
+        if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
+            raise  # what the module itself imports
+        raise ConfigError(f"the registry names {place!r}, which is not there ({error})") from None
+
+
 def find(section: str, name: object) -> Plugin:
     """The entry that a section's name means; ConfigError for a name that nothing has."""
     known = SECTIONS[section]
@@ -69,6 +79,7 @@ def find(section: str, name: object) -> Plugin:
         return known[name]
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+    hint += " (your own: import the file that registers it first)" if not near else ""
     raise ConfigError(f"{section}.name is {name!r}, which no {section} has{hint}")
 
 

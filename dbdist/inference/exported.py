@@ -198,7 +198,9 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
         empty = description.build(torch.device("meta"), dtype)
         own = named_tensors(empty)
         named = network_weights(own, weights)
-    except (UserError, *_WRONG_VALUES) as error:
+    except UserError as error:  # such as a task that is not registered here
+        raise CheckpointError(f"{folder}/config.json: {error}") from None
+    except _WRONG_VALUES as error:
         raise CheckpointError(
             f"{folder}/config.json does not describe a model ({_reason(error)}); export it again"
         ) from None

@@ -23,7 +23,13 @@ from dbdist.models.denoiser import Denoiser
 from dbdist.parallel.layout import Layout
 from dbdist.parallel.topology import Topology
 from dbdist.run.folder import evaluation_file
-from dbdist.sampling.evaluation import Evaluation, ModelOfBlock, check_test_set, evaluate
+from dbdist.sampling.evaluation import (
+    Evaluation,
+    ModelOfBlock,
+    check_figures,
+    check_test_set,
+    evaluate,
+)
 from dbdist.whole_files import write_json
 
 
@@ -64,6 +70,8 @@ def _evaluate(setup: Setup, topology: Topology, checkpoint: Checkpoint) -> Evalu
             setup.task.prepare(
                 lambda split: test_set if split == "test" else load_dataset(config.data, split)
             )
+    with topology.agree():
+        check_figures(setup.task, config.num_blocks)
     blocks = blocks_here(setup, topology, checkpoint)
     evaluation = evaluate(setup, topology, test_set, blocks, checkpoint.step)
     if topology.is_coordinator:

@@ -29,7 +29,7 @@ from dbdist.parallel.chain import Chain
 from dbdist.parallel.topology import Topology
 from dbdist.sampling.micro_batches import MicroBatches, Wire
 from dbdist.sampling.sampler import Rows, build_sampler, describe_sampler
-from dbdist.tasks.base import Batch, Figures, MainFigure
+from dbdist.tasks.base import Batch, Figures, MainFigure, Task
 from dbdist.whole_files import write_json
 
 NUM_PREVIEWED = 32
@@ -190,7 +190,7 @@ def evaluate(
             if block == config.num_blocks - 1 and answers.rows.start < NUM_PREVIEWED:
                 previewed.append(answers.answer)
             for figure, total in of_chain:
-                total[block] += figure.add(answers.answer, answers.batch).cpu()
+                total[block] += figure.checked(figure.add(answers.answer, answers.batch))
         for figure, total in zip(figures, totals, strict=True):
             if figure.kind == "levels":
                 _measure(setup, topology, dataset, model_of_block, figure, total)
@@ -224,6 +224,18 @@ def check_test_set(config: Config, dataset: Dataset) -> None:
         )
 
 
+def check_figures(task: Task, num_blocks: int) -> None:
+    """Raises ConfigError where the task's figures do not give its main figure."""
+    names: list[str] = []
+    for figure in task.figures():
+        names += figure.result(torch.ones(num_blocks, figure.size, dtype=torch.float64))
+    if task.main.name not in names:
+        raise ConfigError(
+            f"the main figure of {type(task).__name__} is {task.main.name}, but its figures give "
+            f"{', '.join(names) or 'none'}"
+        )
+
+
 def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
     """RUN/evaluation.json, whole or not at all. Raises ConfigError."""
     try:
@@ -250,7 +262,7 @@ def _measure(
         for i in range(len(micro.sizes)):
             batch, rows = micro.load(i), micro.rows_of(i)
             generator = seeds.generator(setup.config.seed, "levels", block, rows.start)
-            scores = figure.measure(denoiser, batch, block, generator).cpu()
+            scores = figure.checked(figure.measure(denoiser, batch, block, generator))
             if not micro.is_idle(i):
                 total[block] += scores
         del denoiser

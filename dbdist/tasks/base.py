@@ -61,6 +61,15 @@ class Figures(ABC):
     def result(self, totals: Float[Tensor, "blocks size"]) -> dict[str, Any]:
         """Key of evaluation.json -> number, or list of numbers with one a block."""
 
+    def checked(self, scores: Tensor) -> Float[Tensor, " size"]:
+        """The scores, on the CPU. Raises ConfigError where they are not `size` numbers."""
+        if scores.shape != (self.size,):
+            raise ConfigError(
+                f"{type(self).__name__} gives scores of shape {tuple(scores.shape)} for a "
+                f"micro-batch; its size says ({self.size},): sum over the samples"
+            )
+        return scores.cpu()
+
 
 @dataclass(frozen=True)
 class MainFigure:
@@ -268,6 +277,11 @@ class DenoisingLoss(nn.Module):
         if draws.keep_N is not None:
             condition = task.drop(condition, draws.keep_N)
         z0 = task.clean(batch, self.denoiser.shared)
+        if z0.shape[1:] != task.state_shape:
+            raise ConfigError(
+                f"{type(task).__name__}.clean gives states of shape {tuple(z0.shape[1:])}, but "
+                f"state_shape is {task.state_shape}"
+            )
         z = process.corrupt(z0, draws.level_N, draws.corruption)
         output = self.denoiser(condition, z, draws.level_N)
         weight_N = None if draws.level_N is None else process.weight(draws.level_N)

@@ -34,7 +34,7 @@ from dbdist.parallel.session import hearing_signals
 from dbdist.parallel.topology import Topology
 from dbdist.run.folder import check_run_dir, claim
 from dbdist.run.lock import sole_trainer
-from dbdist.sampling.evaluation import Evaluation, write_evaluation
+from dbdist.sampling.evaluation import Evaluation, check_figures, write_evaluation
 from dbdist.training.rank_state import own_blocks
 from dbdist.training.state_files import files_to_restore
 from dbdist.training.trainer import Trainer
@@ -129,6 +129,9 @@ def load_data(setup: Setup, topology: Topology) -> tuple[Dataset, Dataset]:
     with topology.agree("preparing the figures"):
         if topology.local_rank == 0 and config.is_joint:
             setup.task.prepare({"train": train_set, "test": test_set}.__getitem__)
+    with topology.agree():
+        if config.is_joint:
+            check_figures(setup.task, config.num_blocks)
     return train_set, test_set
 
 

@@ -1,7 +1,9 @@
 """A task of two files, registered by a test, does all that classification does."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from toy import points_task
 
 import dbdist
 from dbdist.commands.export import export
+from dbdist.config import registry
 from dbdist.config.config import Config
 from dbdist.config.parse import parse_config
 from dbdist.config.yaml_files import write_yaml
@@ -132,3 +135,72 @@ def test_a_tasks_options_that_change_an_answers_meaning_belong_to_the_model(tmp_
     config = config_of(tmp_path, "mode=sequential", "train.max_steps=2")
     with pytest.raises(CheckpointError, match=r"a model with task_options .*target_scale"):
         evaluate_run(config, Topology(Layout(1)))
+
+
+# -- mistakes of whoever writes a task -------------------------------------------------------------
+
+
+class Wrong(points_task.PointFigures):
+    """Figures with one mistake."""
+
+    scores: ClassVar[torch.Tensor] = torch.ones(2, dtype=torch.float64)
+    names: ClassVar[dict[str, float]] = {"mse": 1.0}
+
+    def add(self, answer, batch):
+        return self.scores
+
+    def result(self, totals):
+        return self.names
+
+
+@pytest.mark.parametrize(
+    ("mistake", "match"),
+    [
+        ({"scores": torch.ones(1).sum()}, r"Wrong gives scores of shape \(\) .* \(2,\)"),
+        ({"scores": torch.ones(64)}, r"Wrong gives scores of shape \(64,\)"),
+        ({"names": {"mae": 1.0}}, "main figure of PointsTask is mse, but its figures give mae"),
+    ],
+)
+def test_figures_that_cannot_be_read_are_refused_by_name(tmp_path, monkeypatch, mistake, match):
+    for name, value in mistake.items():
+        monkeypatch.setattr(Wrong, name, value)
+    monkeypatch.setattr(points_task.PointsTask, "figures", lambda self: [Wrong()])
+    with pytest.raises(ConfigError, match=match):
+        train(config_of(tmp_path, "mode=sequential", "train.max_steps=1"), Topology(Layout(1)))
+
+
+def test_states_of_another_shape_than_the_tasks_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(points_task.PointsTask, "state_shape", (3,))
+    with pytest.raises(ConfigError, match=r"clean gives states of shape \(2,\), .* is \(3,\)"):
+        train(config_of(tmp_path, "mode=sequential", "train.max_steps=1"), Topology(Layout(1)))
+
+
+def test_guidance_needs_an_unconditional_input(tmp_path, monkeypatch):
+    monkeypatch.delattr(points_task.PointsTask, "drop", raising=False)
+    for option in ("task.condition_dropout=0.1", "sampler.guidance_scale=2"):
+        with pytest.raises(ConfigError, match=f"{option.split('=')[0]} is .* no unconditional"):
+            setup_of(config_of(tmp_path, option))
+
+
+@pytest.mark.parametrize("change", ["shape", "missing"])
+def test_weights_that_do_not_fill_a_module_are_refused_by_name(tmp_path, monkeypatch, change):
+    kind = type(setup_of(config_of(tmp_path)).model)
+    real = kind.weights
+
+    def weights(self, module, seed):
+        for name, value in real(self, module, seed):
+            if name == "head.weight" and change == "missing":
+                continue
+            yield name, value[:1] if name == "head.weight" else value
+
+    monkeypatch.setattr(kind, "weights", weights)
+    with pytest.raises(ConfigError, match=r"the model's weights give .*head\.weight"):
+        setup_of(config_of(tmp_path)).shared(0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("place", ["toy.points_tasks:PointsTask", "toy.points_task:PointTask"])
+def test_a_registry_line_that_leads_nowhere_is_named(tmp_path, monkeypatch, place):
+    config = config_of(tmp_path)
+    monkeypatch.setitem(registry.TASKS, "points", replace(registry.TASKS["points"], code=place))
+    with pytest.raises(ConfigError, match=f"the registry names '{place}', which is not there"):
+        setup_of(config)
