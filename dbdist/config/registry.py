@@ -39,6 +39,9 @@ TASKS: dict[str, Plugin] = {
     "classification": Plugin(
         "dbdist.tasks.options:ClassificationOptions", "dbdist.tasks.classification:Classification"
     ),
+    "masked_text": Plugin(
+        "dbdist.tasks.options:MaskedTextOptions", "dbdist.tasks.masked_text:MaskedText"
+    ),
 }
 MODELS: dict[str, Plugin] = {
     "vit": Plugin("dbdist.models.options:ViTOptions", "dbdist.models.vit:ViT"),
@@ -47,6 +50,7 @@ PROCESSES: dict[str, Plugin] = {
     "gaussian": Plugin(
         "dbdist.processes.options:GaussianOptions", "dbdist.processes.gaussian:Gaussian"
     ),
+    "masking": Plugin("dbdist.processes.options:MaskingOptions", "dbdist.processes.masking:Masking"),
     "direct": Plugin("dbdist.processes.options:DirectOptions", "dbdist.processes.direct:Direct"),
 }
 DATASETS: dict[str, Plugin] = {

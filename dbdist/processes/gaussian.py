@@ -161,7 +161,12 @@ class Gaussian:
         del values["name"]
         return cls(NoiseSchedule(num_blocks, **values))
 
-    def steps(self, sampler: GaussianSamplerOptions, num_steps: int) -> Steps:
+    def steps(self, sampler: Any, num_steps: int) -> Steps:
+        if not isinstance(sampler, GaussianSamplerOptions):
+            raise ConfigError(
+                "noise.name: gaussian adds noise to numbers, which this task does not denoise; "
+                "leave noise.name out"
+            )
         return self.partition.steps(num_steps, sampler.sigma_start, sampler.grid, sampler.rho)
 
     def draw(self, size: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:

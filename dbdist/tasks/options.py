@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from dbdist.config.options import SamplerOptions, TaskOptions
 from dbdist.errors import ConfigError
-from dbdist.processes.options import GaussianSamplerOptions
+from dbdist.processes.options import GaussianSamplerOptions, MaskingSamplerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,3 +59,38 @@ class ClassificationOptions(TaskOptions):
     condition_dropout: float = 0.0
     """Probability of replacing a training image by zeros, the unconditional input of guidance; 0 to
     1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedTextSamplerOptions(MaskingSamplerOptions):
+    """How the chain of blocks writes text."""
+
+    def check(self) -> None:
+        super().check()
+        if self.guidance_scale != 0:
+            raise ConfigError(
+                f"sampler.guidance_scale is {self.guidance_scale:g}, but task.name: masked_text "
+                "has no condition to guide by; use 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedTextOptions(TaskOptions):
+    """Tell the masked tokens of a text from the others."""
+
+    sampler: ClassVar[type[SamplerOptions]] = MaskedTextSamplerOptions
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "model.name": "text",
+        "noise.name": "masking",
+        "data.name": "kjv",
+    }
+
+    name: str = "masked_text"
+    """Task: text, by masked diffusion."""
+
+    def check(self) -> None:
+        if self.condition_dropout != 0:
+            raise ConfigError(
+                f"task.condition_dropout is {self.condition_dropout:g}, but task.name: masked_text "
+                "has no condition to drop; use 0"
+            )
