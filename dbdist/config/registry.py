@@ -50,7 +50,9 @@ PROCESSES: dict[str, Plugin] = {
     "gaussian": Plugin(
         "dbdist.processes.options:GaussianOptions", "dbdist.processes.gaussian:Gaussian"
     ),
-    "masking": Plugin("dbdist.processes.options:MaskingOptions", "dbdist.processes.masking:Masking"),
+    "masking": Plugin(
+        "dbdist.processes.options:MaskingOptions", "dbdist.processes.masking:Masking"
+    ),
     "direct": Plugin("dbdist.processes.options:DirectOptions", "dbdist.processes.direct:Direct"),
 }
 DATASETS: dict[str, Plugin] = {

@@ -9,7 +9,7 @@ ranks.
 # pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from dbdist import seeds
 from dbdist.build import Setup
 from dbdist.config.config import Config
-from dbdist.data.base import Dataset
+from dbdist.data.base import Dataset, Key
 from dbdist.data.loader import num_test_samples
 from dbdist.errors import ConfigError
 from dbdist.models.denoiser import Denoiser
@@ -96,6 +96,25 @@ class Answers:
     rows: Rows
     batch: Batch
     answer: Tensor
+
+
+class _First:
+    """The first samples of a set."""
+
+    augments = False
+
+    def __init__(self, dataset: Dataset, num: int) -> None:
+        self._dataset, self._num = dataset, min(num, len(dataset))
+        self.spec = dataset.spec
+
+    def __len__(self) -> int:
+        return self._num
+
+    def __getitems__(self, keys: Sequence[Key]) -> dict[str, Tensor]:
+        return self._dataset.__getitems__(keys)
+
+    def digest(self) -> str:
+        return self._dataset.digest()
 
 
 def chain_answers(
@@ -186,7 +205,9 @@ def evaluate(
     is_bf16 = config.train.precision == "bf16"
     with torch.autocast(topology.device.type, torch.bfloat16, enabled=is_bf16):
         of_chain = [(f, t) for f, t in zip(figures, totals, strict=True) if f.kind == "chain"]
-        for block, answers in answers_here(setup, topology, dataset, model_of_block):
+        # Without figures that score the chain, it answers for the preview alone.
+        asked = dataset if of_chain else _First(dataset, NUM_PREVIEWED)
+        for block, answers in answers_here(setup, topology, asked, model_of_block):
             if block == config.num_blocks - 1 and answers.rows.start < NUM_PREVIEWED:
                 previewed.append(answers.answer)
             for figure, total in of_chain:
