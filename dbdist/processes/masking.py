@@ -7,7 +7,7 @@ are computed in float64. Sources: MD4 (arXiv 2406.04329) for the schedules and t
 """
 
 # What torch and jsonargparse leave untyped:
-# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 import math
 from dataclasses import asdict, dataclass

@@ -83,7 +83,7 @@ class MainFigure:
 class Task(ABC):
     """What is learned. One instance belongs to a run: it knows the data and the model."""
 
-    main: ClassVar[MainFigure]
+    main: MainFigure
     state_shape: tuple[int, ...]
     """Of one sample's state."""
     state_dtype: torch.dtype | None = None
