@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dbdist.models.base import Block
 from dbdist.models.denoiser import Denoiser
-from dbdist.processes.masking import MASK, Masking, MaskedShares
+from dbdist.processes.masking import MASK, MaskedShares, Masking
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""Laws of masking: counts, bands and their cut, what visible tokens give, and the sampler's step."""
+"""Laws of masking: counts, bands and their cut, visible tokens, and the sampler's step."""
 
+import itertools
 import json
 import math
 
@@ -79,7 +80,7 @@ def test_the_bands_tile_the_levels_from_the_most_masked_down(num_blocks, cut):
     ranges = [partition.own_range(b) for b in range(num_blocks)]
     assert ranges[0][1] == 1.0
     assert ranges[-1][0] == 0.01
-    for (low, _), (_, high) in zip(ranges, ranges[1:], strict=False):
+    for (low, _), (_, high) in itertools.pairwise(ranges):
         assert low == high
     for fraction in np.linspace(0, 1, 23):
         level = partition.level_at(torch.tensor(fraction)).item()
@@ -231,7 +232,7 @@ def test_steps_down_the_grid_leave_the_masked_share_that_the_level_names():
     z = PROCESS.start((500, 40), "noise", 1.0, seeded(), torch.int64)
     assert z.eq(MASK).all()
     generator, log_p = seeded(3), log_p_of([0.5, 0.5], 500, 40)
-    for level, next_level in zip(levels, levels[1:], strict=False):
+    for level, next_level in itertools.pairwise(levels):
         draw = PROCESS.draw((500, 40), generator, torch.int64)
         z = PROCESS.step(z, log_p, level, next_level, draw)
         left = z.eq(MASK).sum().item()
