@@ -103,16 +103,14 @@ class MaskedText(Task):
     def figures(self) -> list[Figures]:
         return [BoundFigures(self.main.name)]
 
-    def requests(self, classes: Any, num: int) -> "TextRequests":
-        """As many requests for a text. Raises ConfigError for classes."""
-        if classes:
-            raise ConfigError(f"classes are {classes}, but text has no classes; leave them out")
+    def requests(self, classes: Sequence[int] | None, num: int) -> "TextRequests":
+        if classes is not None:
+            raise ConfigError(f"--classes {[*classes]}: text has no classes; leave them out")
         return TextRequests(self.spec, num)
 
     def preview(self, answers: Int[Tensor, "n t"]) -> str:
-        """The first texts, in Markdown."""
-        shown = self.texts(answers[:NUM_SHOWN])
-        return "\n\n".join("    " + text.replace("\n", "\n    ") for text in shown)
+        """The first texts, with an empty line between them."""
+        return "\n\n".join(self.texts(answers[:NUM_SHOWN]))
 
     def show(self, answers: Int[Tensor, "n t"], folder: Path) -> list[Path]:
         """folder/samples.txt: the texts, with a line between them."""

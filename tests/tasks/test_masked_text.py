@@ -313,7 +313,7 @@ def test_texts_are_written_to_a_file_and_previewed(tmp_path):
     (file,) = task.show(answers, tmp_path)
     assert file == tmp_path / "samples.txt"
     assert file.read_text() == f"abc\n{'-' * 80}\nddd\n"
-    assert task.preview(answers) == "    abc\n\n    ddd"
+    assert task.preview(answers) == "abc\n\nddd"
 
 
 def test_requests_are_for_texts_and_have_no_classes():
