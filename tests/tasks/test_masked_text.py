@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,15 +13,21 @@ from exact_texts import Letters, MarkovText, denoiser_of
 from scipy import integrate, stats
 from torch import nn
 
+from dbdist import seeds
+from dbdist.build import Setup
 from dbdist.config.options import TaskOptions
+from dbdist.config.parse import parse_config
 from dbdist.data.images import DatasetSpec
 from dbdist.errors import ConfigError
+from dbdist.parallel.layout import Layout
+from dbdist.parallel.topology import Topology
 from dbdist.processes.gaussian import Gaussian, NoiseSchedule
 from dbdist.processes.masking import MASK, MaskedShares, Masking
 from dbdist.processes.options import MaskingSamplerOptions
+from dbdist.sampling.evaluation import evaluate
 from dbdist.sampling.sampler import Rows, Sampler
 from dbdist.tasks.base import DenoisingLoss, draws_of_step
-from dbdist.tasks.masked_text import NUM_BANDS, BoundFigures, MaskedText
+from dbdist.tasks.masked_text import NUM_BANDS, BoundFigures, MaskedText, TextRequests
 from dbdist.tasks.options import MaskedTextOptions, MaskedTextSamplerOptions
 
 P = np.array([0.5, 0.3, 0.15, 0.05])
@@ -326,7 +333,7 @@ def test_requests_are_for_texts_and_have_no_classes():
         task.requests([1], 5)
 
 
-# -- what does not fit ----------------------------------------------------------------------------
+# -- evaluation -----------------------------------------------------------------------------------
 
 
 class Model:
@@ -343,6 +350,41 @@ class Model:
 
     def describe(self):
         raise NotImplementedError
+
+
+def test_an_evaluation_has_the_bound_of_all_texts_and_writes_no_more_than_it_shows():
+    num_texts, length = 70, 10
+    task, process = MaskedText(Letters(4, length)), Masking(MaskedShares(3))
+    words = ["--model.num_layers=3", "--eval.batch_size=40", "--eval.micro_batch_size=20"]
+    config = parse_config("test", "", ["--train.max_steps=1", *words])
+    config = replace(config, sampler=MaskedTextSamplerOptions(num_steps=7))
+    setup = Setup(config, task.spec, task, Model(), process)
+    denoiser, written = denoiser_of(None, 3), []
+    denoiser.shared = Network(4)
+    denoiser.shared.head.register_forward_hook(lambda module, inputs, raw: written.append(len(raw)))
+
+    class Texts(TextRequests):
+        def __getitems__(self, keys):
+            return {"tokens": CHAIN.draw(num_texts, length)[list(keys)]}
+
+    texts = Texts(task.spec, num_texts)
+    found = evaluate(setup, Topology(Layout(1)), texts, lambda block: denoiser, 1)
+    assert sum(written) == 3 * num_texts + 7 * 32
+    assert found.preview.count("\n\n") == 7
+    assert found.value == found.figures["bits_per_char"]
+
+    totals = torch.zeros(3, BoundFigures("x").size, dtype=torch.float64)
+    for block, (start, stop) in itertools.product(
+        range(3), ((0, 20), (20, 40), (40, 60), (60, 70))
+    ):
+        generator = seeds.generator(config.seed, "levels", block, start)
+        batch = texts.__getitems__(range(start, stop))
+        with torch.no_grad():
+            totals[block] += BoundFigures("x").measure(denoiser, batch, block, generator)
+    assert found.figures["bits_per_block"] == BoundFigures("x").result(totals)["bits_per_block"]
+
+
+# -- what does not fit ----------------------------------------------------------------------------
 
 
 def config_of(noise="masking"):
