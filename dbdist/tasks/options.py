@@ -62,23 +62,10 @@ class ClassificationOptions(TaskOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedTextSamplerOptions(MaskingSamplerOptions):
-    """How the chain of blocks writes text."""
-
-    def check(self) -> None:
-        super().check()
-        if self.guidance_scale != 0:
-            raise ConfigError(
-                f"sampler.guidance_scale is {self.guidance_scale:g}, but task.name: masked_text "
-                "has no condition to guide by; use 0"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
 class MaskedTextOptions(TaskOptions):
     """Tell the masked tokens of a text from the others."""
 
-    sampler: ClassVar[type[SamplerOptions]] = MaskedTextSamplerOptions
+    sampler: ClassVar[type[SamplerOptions]] = MaskingSamplerOptions
     defaults: ClassVar[Mapping[str, Any]] = {
         "model.name": "text",
         "noise.name": "masking",
@@ -87,10 +74,3 @@ class MaskedTextOptions(TaskOptions):
 
     name: str = "masked_text"
     """Task: text, by masked diffusion."""
-
-    def check(self) -> None:
-        if self.condition_dropout != 0:
-            raise ConfigError(
-                f"task.condition_dropout is {self.condition_dropout:g}, but task.name: masked_text "
-                "has no condition to drop; use 0"
-            )

@@ -15,7 +15,6 @@ from torch import nn
 
 from dbdist import seeds
 from dbdist.build import Setup
-from dbdist.config.options import TaskOptions
 from dbdist.config.parse import parse_config
 from dbdist.data.images import DatasetSpec
 from dbdist.errors import ConfigError
@@ -28,7 +27,7 @@ from dbdist.sampling.evaluation import evaluate
 from dbdist.sampling.sampler import Rows, Sampler
 from dbdist.tasks.base import DenoisingLoss, draws_of_step
 from dbdist.tasks.masked_text import NUM_BANDS, BoundFigures, MaskedText, TextRequests
-from dbdist.tasks.options import MaskedTextOptions, MaskedTextSamplerOptions
+from dbdist.tasks.options import MaskedTextOptions
 
 P = np.array([0.5, 0.3, 0.15, 0.05])
 CHAIN = MarkovText(
@@ -357,7 +356,7 @@ def test_an_evaluation_has_the_bound_of_all_texts_and_writes_no_more_than_it_sho
     task, process = MaskedText(Letters(4, length)), Masking(MaskedShares(3))
     words = ["--model.num_layers=3", "--eval.batch_size=40", "--eval.micro_batch_size=20"]
     config = parse_config("test", "", ["--train.max_steps=1", *words])
-    config = replace(config, sampler=MaskedTextSamplerOptions(num_steps=7))
+    config = replace(config, sampler=MaskingSamplerOptions(num_steps=7))
     setup = Setup(config, task.spec, task, Model(), process)
     denoiser, written = denoiser_of(None, 3), []
     denoiser.shared = Network(4)
@@ -403,23 +402,3 @@ def test_images_are_refused():
     images = DatasetSpec("digits", 1, 4, 5, (0.3,), (0.4,), None)
     with pytest.raises(ConfigError, match=r"needs text, which data\.name: digits is not"):
         MaskedText.build_model(config_of(), images, None)
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        (MaskedTextOptions(condition_dropout=0.1), r"task\.condition_dropout is 0\.1"),
-        (MaskedTextSamplerOptions(guidance_scale=2.0), r"sampler\.guidance_scale is 2"),
-        (MaskedTextSamplerOptions(num_draws=2), r"sampler\.num_draws is 2"),
-    ],
-)
-def test_options_without_a_meaning_here_are_refused(options, word):
-    with pytest.raises(ConfigError, match=word):
-        options.check()
-
-
-def test_the_options_of_the_task_are_a_tasks():
-    assert issubclass(MaskedTextOptions, TaskOptions)
-    assert MaskedTextOptions.sampler is MaskedTextSamplerOptions
-    MaskedTextOptions().check()
-    MaskedTextSamplerOptions().check()
