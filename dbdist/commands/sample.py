@@ -1,7 +1,8 @@
 """Draws samples from a run's model: images or texts that nobody has seen.
 
     dbdist sample RUN --classes 0-9 --num 100 --seed 0 --guidance 2
-    torchrun --rdzv-backend=loopback --nproc_per_node=3 -m dbdist.commands.sample RUN …
+    torchrun --rdzv-backend=loopback --nproc_per_node=3 -m dbdist.commands.sample RUN \
+        --num_samples 100 …
 
 One process runs all blocks in turn; as many as blocks (or a multiple) run them as a chain. A sample
 is the same either way: what is random for it depends on the seed and its number alone. OUT gets
@@ -46,7 +47,13 @@ def run(argv: list[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("run_dir", metavar="RUN", help="folder of a trained run")
-    parser.add_argument("--num", type=int, default=100, help="samples to draw; 100 if not given")
+    parser.add_argument(
+        "--num",
+        "--num_samples",  # torchrun takes --num for an option of its own
+        type=int,
+        default=100,
+        help="samples to draw; 100 if not given",
+    )
     parser.add_argument("--classes", help="classes to take in turn, such as 0-9 or 3,5; all")
     parser.add_argument("--seed", type=int, help="names all that is random; the run's own")
     parser.add_argument("--guidance", type=float, help="short for --sampler.guidance_scale")
