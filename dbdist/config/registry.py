@@ -39,8 +39,12 @@ TASKS: dict[str, Plugin] = {
     "classification": Plugin(
         "dbdist.tasks.options:ClassificationOptions", "dbdist.tasks.classification:Classification"
     ),
+    "generation": Plugin(
+        "dbdist.tasks.options:GenerationOptions", "dbdist.tasks.generation:Generation"
+    ),
 }
 MODELS: dict[str, Plugin] = {
+    "dit": Plugin("dbdist.models.options:DiTOptions", "dbdist.models.dit:DiT"),
     "vit": Plugin("dbdist.models.options:ViTOptions", "dbdist.models.vit:ViT"),
 }
 PROCESSES: dict[str, Plugin] = {
