@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from dbdist.data.images import denormalize
+from dbdist.data.pictures import png_of
 from dbdist.errors import ConfigError
 from dbdist.models.base import Model
 from dbdist.models.denoiser import Denoiser
@@ -22,11 +23,13 @@ from dbdist.processes.base import Process, per_sample
 from dbdist.processes.partition import Partition
 from dbdist.tasks.base import Answer, Batch, Figures, Loss, MainFigure, Task
 from dbdist.tasks.generator import Generator, Requests, classes_of
-from dbdist.tasks.pictures import grid, is_of_pictures, write_png
+from dbdist.tasks.pictures import grid, is_of_pictures
+from dbdist.whole_files import write_whole
 
 LEVELS_PER_IMAGE = 4
 """Noise levels at which the held-out loss sees each image."""
 IN_PREVIEW = 100
+"""Pictures in the grid."""
 
 
 class Generation(Task):
@@ -109,20 +112,16 @@ class Generation(Task):
         return grid(denormalize(answers[:IN_PREVIEW].float(), self.spec))
 
     def show(self, answers: Float[Tensor, "n c s s"], folder: Path) -> list[Path]:
-        """samples.png, a grid of the first 100, and each picture as samples/00000.png, …
-
-        Latents are written as they are: samples.safetensors, the tensor `latents`.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
+        """A grid of the first 100, and every picture by itself; nothing of latents."""
         preview = self.preview(answers)
         if preview is None:
-            return [_write_latents(answers, folder / "samples.safetensors")]
-        (folder / "samples").mkdir(exist_ok=True)
-        pictures = denormalize(answers.float(), self.spec)
-        return [
-            write_png(preview, folder / "samples.png"),
-            *(write_png(x, folder / f"samples/{i:05}.png") for i, x in enumerate(pictures)),
-        ]
+            return []
+        pictures = [preview, *denormalize(answers.float(), self.spec)]
+        names = ["samples", *(f"sample-{i:05}" for i in range(len(answers)))]
+        files = [folder / f"{name}.png" for name in names]
+        for file, picture in zip(files, pictures, strict=True):
+            write_whole(file, png_of(picture))
+        return files
 
     def loaded(self, answer: Answer, device: torch.device, dtype: torch.dtype) -> Generator:
         return Generator(self.spec, answer, device, self.partition)
@@ -182,10 +181,3 @@ def unit_loss(
     """
     error = (denoised - z0) * per_sample(weight_N.sqrt(), z0)
     return error.square().flatten(1).mean(dim=1)
-
-
-def _write_latents(latents: Tensor, path: Path) -> Path:
-    from safetensors.torch import save_file
-
-    save_file({"latents": latents.contiguous().cpu()}, path)
-    return path

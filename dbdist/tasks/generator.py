@@ -67,10 +67,10 @@ class Generator:
     ) -> Shaped[Tensor, "n c s s"]:
         """`num` pictures as uint8, going round these classes; latents as they are, in floats.
 
-        classes: an index, a name, or several; None: all. seed: names the noise that they are made
-        of; a picture depends on its place, class and seed alone. guidance: scale of classifier-free
-        guidance, 0 for none; None: as the model was exported. Raises ConfigError for classes that
-        there are not.
+        classes: an index, a name, or several; None: all. A picture depends on its place, its class
+        and the seed alone, however many are made. guidance: scale of classifier-free guidance, 0
+        for none; None: as the model was exported. Raises ConfigError for classes that there are
+        not.
         """
         changes: dict[str, Any] = {"seed": seed}
         if guidance is not None:
@@ -78,8 +78,9 @@ class Generator:
         requests = Requests(self.spec, classes_of(self.spec, classes), num)
         shape = self.spec.channels, self.spec.image_size, self.spec.image_size
         made = [torch.empty(0, *shape)]
-        for batch_idx, label in enumerate(requests.labels.split(batch_size) if num else ()):
-            made.append(self._answer({"label": label.to(self.device)}, batch_idx, **changes).cpu())
+        for first in range(0, num, batch_size):
+            label = requests.labels[first : first + batch_size].to(self.device)
+            made.append(self._answer({"label": label}, first, **changes).cpu())
         images = torch.cat([x.float() for x in made])
         return denormalize(images, self.spec) if is_of_pictures(self.spec) else images
 

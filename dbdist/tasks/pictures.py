@@ -1,6 +1,5 @@
-"""Pictures as files and as one grid, for people to look at."""
+"""Pictures in one grid, for people to look at."""
 
-from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -28,12 +27,3 @@ def grid(pictures: UInt8[Tensor, "n c h w"], columns: int = COLUMNS) -> UInt8[Te
     framed = F.pad(large, (0, 1, 0, 1, 0, 0, 0, missing))
     rows = framed.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)
     return rows.flatten(3, 4).flatten(1, 2)[:, :-1, :-1]
-
-
-def write_png(picture: UInt8[Tensor, "c h w"], path: Path) -> Path:
-    """A picture of one channel (grey) or three (red, green, blue) as a PNG file."""
-    from PIL import Image  # comes with torchvision
-
-    pixels = picture.cpu().movedim(0, -1).squeeze(-1).numpy()
-    Image.fromarray(pixels).save(path)
-    return path

@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 from ranks import setup_of
-from safetensors.torch import load_file
 from toy_generation import DATA_STD, batch, denoiser_of_normal_data, task_of
 
 from dbdist.config.parse import parse_config
@@ -184,9 +183,9 @@ def test_shown_pictures_are_the_answers_as_files(tmp_path, channels):
     means = (0.5, 0.2, 0.9)[:channels]
     spec = DatasetSpec("digits", channels, 4, 5, means, (0.5, 0.3, 0.2)[:channels], None)
     pictures = pictures_of(spec, 3)
-    files = task_of(spec).show(normalize(pictures, spec), tmp_path / "out")
-    names = ["samples.png", "samples/00000.png", "samples/00001.png", "samples/00002.png"]
-    assert [str(file.relative_to(tmp_path / "out")) for file in files] == names
+    files = task_of(spec).show(normalize(pictures, spec), tmp_path)
+    names = ["samples.png", "sample-00000.png", "sample-00001.png", "sample-00002.png"]
+    assert files == [tmp_path / name for name in names]
     for file, picture in zip(files[1:], pictures, strict=True):
         pixels = torch.frombuffer(bytearray(Image.open(file).tobytes()), dtype=torch.uint8)
         assert torch.equal(pixels.reshape(4, 4, channels).movedim(-1, 0), picture)
@@ -218,8 +217,7 @@ class Latents:
 def test_latents_stay_what_they_are(tmp_path):
     task, answers = task_of(Latents()), torch.randn(2, 4, 4, 4)
     assert task.preview(answers) is None
-    (file,) = task.show(answers, tmp_path)
-    assert torch.equal(load_file(file)["latents"], answers)
+    assert task.show(answers, tmp_path) == [*tmp_path.iterdir()] == []
 
 
 # -- requests --------------------------------------------------------------------------------------
