@@ -230,9 +230,10 @@ class DiT:
 
 
 def positions_2d(grid_size: int, width: int) -> Float[Tensor, "t d"]:
-    """Fixed position of every patch, row by row: sines and cosines of its column, then of its row.
+    """Fixed position of every patch, row by row of the image; float64.
 
-    width: a multiple of 4. In float64.
+    Half of the width holds sines, then cosines of the column, the other half those of the row.
+    width: a multiple of 4.
     """
     quarter = width // 4
     frequency = MAX_PERIOD ** -(torch.arange(quarter, dtype=torch.float64) / quarter)

@@ -109,7 +109,7 @@ class Generation(Task):
         """A grid of up to 100 pictures, uint8 (C, H, W); None of latents."""
         if not is_of_pictures(self.spec) or len(answers) == 0:
             return None
-        return grid(denormalize(answers[:IN_PREVIEW].float(), self.spec))
+        return grid(denormalize(answers[:IN_PREVIEW].float(), self.spec)).cpu()
 
     def show(self, answers: Float[Tensor, "n c s s"], folder: Path) -> list[Path]:
         """A grid of the first 100, and every picture by itself; nothing of latents."""
