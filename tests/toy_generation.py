@@ -5,6 +5,7 @@ import torch
 from dbdist.data.images import DatasetSpec
 from dbdist.processes.gaussian import NoiseSchedule
 from dbdist.tasks.generation import Generation
+from dbdist.tasks.options import GenerationOptions
 
 SPEC = DatasetSpec("digits", 2, 4, 5, (0.5, 0.5), (0.5, 0.5), None)
 SCHEDULE = NoiseSchedule(3)
@@ -12,7 +13,7 @@ DATA_STD = 0.4
 
 
 def task_of(spec=SPEC, schedule=SCHEDULE):
-    return Generation(spec, schedule)
+    return Generation(GenerationOptions(), spec, schedule)
 
 
 def denoiser_of_normal_data(condition, z, sigma_N):

@@ -22,7 +22,8 @@ from dbdist.models.denoiser import Denoiser
 from dbdist.processes.base import Process, per_sample
 from dbdist.processes.partition import Partition
 from dbdist.tasks.base import Answer, Batch, Figures, Loss, MainFigure, Task
-from dbdist.tasks.generator import Generator, Requests, classes_of
+from dbdist.tasks.generator import Generator, Requests, check_guidance, classes_of
+from dbdist.tasks.options import GenerationOptions
 from dbdist.tasks.pictures import grid, is_of_pictures
 from dbdist.whole_files import write_whole
 
@@ -37,9 +38,9 @@ class Generation(Task):
 
     main = MainFigure("loss", is_higher_better=False)
 
-    def __init__(self, spec: Any, partition: Partition) -> None:
+    def __init__(self, options: GenerationOptions, spec: Any, partition: Partition) -> None:
         """spec: of the data set, with channels, image_size and num_classes."""
-        self.spec, self.partition = spec, partition
+        self.options, self.spec, self.partition = options, spec, partition
         self.state_shape = (spec.channels, spec.image_size, spec.image_size)
 
     @classmethod
@@ -49,18 +50,13 @@ class Generation(Task):
                 f"task.name: generation takes Gaussian noise away, which noise.name: "
                 f"{config.noise.name} does not add; use noise.name: gaussian"
             )
-        task = cls(spec, process.partition)
+        task = cls(config.task, spec, process.partition)
         if getattr(model, "image_shape", None) != task.state_shape:
             raise ConfigError(
                 f"task.name: generation needs a model that denoises images, which model.name: "
                 f"{config.model.name} does not; use model.name: dit"
             )
-        scale, dropout = config.sampler.guidance_scale, config.task.condition_dropout
-        if scale not in (0, 1) and dropout == 0:
-            raise ConfigError(
-                f"sampler.guidance_scale {scale:g} needs a network that knows images without their "
-                "class, but task.condition_dropout is 0; raise it, or set the scale to 0"
-            )
+        check_guidance(config.sampler.guidance_scale, config.task.condition_dropout)
         return task
 
     # Training
@@ -124,7 +120,7 @@ class Generation(Task):
         return files
 
     def loaded(self, answer: Answer, device: torch.device, dtype: torch.dtype) -> Generator:
-        return Generator(self.spec, answer, device, self.partition)
+        return Generator(self.spec, answer, device, self.partition, self.options.condition_dropout)
 
 
 class UnitLoss(Figures):

@@ -46,10 +46,17 @@ class Generator:
     """
 
     def __init__(
-        self, spec: Any, answer: Answer, device: torch.device, partition: Partition
+        self,
+        spec: Any,
+        answer: Answer,
+        device: torch.device,
+        partition: Partition,
+        condition_dropout: float,
     ) -> None:
+        """partition: of the noise levels. condition_dropout: what it was trained with."""
         self.spec, self.device = spec, device
         self._answer, self._partition = answer, partition
+        self._condition_dropout = condition_dropout
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -70,10 +77,11 @@ class Generator:
         classes: an index, a name, or several; None: all. A picture depends on its place, its class
         and the seed alone, however many are made. guidance: scale of classifier-free guidance, 0
         for none; None: as the model was exported. Raises ConfigError for classes that there are
-        not.
+        not, and for guidance that the model was not trained for.
         """
         changes: dict[str, Any] = {"seed": seed}
         if guidance is not None:
+            check_guidance(guidance, self._condition_dropout)
             changes["guidance_scale"] = guidance
         requests = Requests(self.spec, classes_of(self.spec, classes), num)
         shape = self.spec.channels, self.spec.image_size, self.spec.image_size
@@ -89,6 +97,17 @@ class Generator:
         label = torch.zeros(1, dtype=torch.int64, device=self.device)
         steps = self._partition.steps(self._partition.num_blocks)
         self._answer({"label": label}, 0, steps=steps)
+
+
+def check_guidance(scale: float, condition_dropout: float) -> None:
+    """Raises ConfigError for guidance by a network that never saw an image without its class."""
+    if scale not in (0, 1) and condition_dropout == 0:
+        raise ConfigError(
+            f"sampler.guidance_scale {scale:g} needs a network that was also trained without "
+            "classes, but task.condition_dropout is 0; train with more, or set the scale to 0"
+        )
+    if not 0 <= scale < float("inf"):
+        raise ConfigError(f"sampler.guidance_scale is {scale}; it must be at least 0")
 
 
 def names_of(spec: Any) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from ranks import setup_of
-from toy_generation import DATA_STD, batch, denoiser_of_normal_data, task_of
+from toy_generation import DATA_STD, SPEC, batch, denoiser_of_normal_data, task_of
 
 from dbdist.config.parse import parse_config
 from dbdist.data.images import DatasetSpec, normalize
@@ -15,6 +15,7 @@ from dbdist.models.denoiser import Denoiser
 from dbdist.processes.gaussian import Gaussian, NoiseSchedule
 from dbdist.tasks.base import DenoisingLoss, draws_of_step
 from dbdist.tasks.generation import UnitLoss, unit_loss
+from dbdist.tasks.generator import Generator
 from dbdist.tasks.pictures import grid
 
 PROCESS = Gaussian(NoiseSchedule(3))
@@ -250,7 +251,7 @@ def test_classes_that_there_are_not_are_refused(classes):
         ("--sampler.start mean", "would make every image of a class the same"),
         (
             "--sampler.guidance_scale 2 --task.condition_dropout 0",
-            "guidance_scale 2 needs a network that knows images without their class",
+            "guidance_scale 2 needs a network that was also trained without classes",
         ),
         ("--model.patch_size 3", "patch_size 3 does not divide the image side 8"),
         ("--sampler.method heum", "sampler.method"),
@@ -271,3 +272,13 @@ def test_another_model_or_process_is_refused():
         setup_of(config)
     with pytest.raises(ConfigError, match="do not fit together"):
         setup_of(parse_config("test", "", ["--model.name", "dit", "--train.max_steps", "1"]))
+
+
+def test_a_loaded_model_is_not_guided_beyond_what_it_learned():
+    def refuse(*arguments, **changes):
+        raise AssertionError("nothing may be drawn")
+
+    for dropout, scale in ((0.0, 2.0), (0.1, -1.0), (0.1, math.nan)):
+        model = Generator(SPEC, refuse, torch.device("cpu"), PROCESS.partition, dropout)
+        with pytest.raises(ConfigError, match=r"sampler\.guidance_scale"):
+            model.sample(0, 1, guidance=scale)
