@@ -1,7 +1,6 @@
 """Modules under the names that they had before they moved, for scripts that import them."""
 
 import sys
-from collections.abc import Sequence
 from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, spec_from_loader
@@ -21,7 +20,7 @@ class OlderNames(MetaPathFinder, Loader):
     """Finds a moved module where it is now."""
 
     def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, name: str, path: object, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if name not in MOVED:
             return None

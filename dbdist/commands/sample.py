@@ -1,8 +1,7 @@
 """Draws samples from a run's model: images or texts that nobody has seen.
 
     dbdist sample RUN --classes 0-9 --num 100 --seed 0 --guidance 2
-    torchrun --rdzv-backend=loopback --nproc_per_node=3 -m dbdist.commands.sample RUN \
-        --num_samples 100 …
+    torchrun … --nproc_per_node=3 -m dbdist.commands.sample RUN --num_samples 100 …
 
 One process runs all blocks in turn; as many as blocks (or a multiple) run them as a chain. A sample
 is the same either way: what is random for it depends on the seed and its number alone. OUT gets

@@ -120,6 +120,11 @@ class SamplerOptions(Options):
         """Level of the first evaluation; None: the process's highest."""
         return None
 
+    @property
+    def order(self) -> int:
+        """Slopes of which a step takes the mean: 1 (Euler), or 2 (Heun) where the process can."""
+        return 1
+
     def check_blocks(self, num_blocks: int) -> None:
         """Raises ConfigError where this many blocks cannot be sampled like this."""
         if self.num_steps is not None and self.num_steps < num_blocks:

@@ -42,8 +42,12 @@ TASKS: dict[str, Plugin] = {
     "masked_text": Plugin(
         "dbdist.tasks.options:MaskedTextOptions", "dbdist.tasks.masked_text:MaskedText"
     ),
+    "generation": Plugin(
+        "dbdist.tasks.options:GenerationOptions", "dbdist.tasks.generation:Generation"
+    ),
 }
 MODELS: dict[str, Plugin] = {
+    "dit": Plugin("dbdist.models.options:DiTOptions", "dbdist.models.dit:DiT"),
     "vit": Plugin("dbdist.models.options:ViTOptions", "dbdist.models.vit:ViT"),
 }
 PROCESSES: dict[str, Plugin] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 
 from dbdist import seeds
@@ -39,7 +39,8 @@ class DatasetSpec:
     """Side in pixels, after the resize that `data.image_size` asks for."""
     num_classes: int
     mean: tuple[float, ...]
-    """Per channel, of training images in [0, 1]; likewise `std`."""
+    """Per channel, what is subtracted from an image in [0, 1] before `std` divides it: that of the
+    training images, or 0.5 where `data.scaling: symmetric` asks for -1 to 1; likewise `std`."""
     std: tuple[float, ...]
     class_names: tuple[str, ...] | None
     white: float = 255.0
@@ -76,8 +77,19 @@ def _standardize(pixels: Shaped[Tensor, "n c h w"], spec: DatasetSpec) -> Float[
     x = pixels.to(torch.float32)
     if pixels.dtype == torch.uint8:
         x = x / 255
-    mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (spec.mean, spec.std))
+    mean, std = _mean_and_std(spec, x)
     return (x - mean) / std
+
+
+def denormalize(images: Float[Tensor, "n c h w"], spec: DatasetSpec) -> UInt8[Tensor, "n c h w"]:
+    """The inverse of `normalize`, for pictures: 0 to 255; what lies beyond is cut off."""
+    mean, std = _mean_and_std(spec, images)
+    return ((images * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _mean_and_std(spec: DatasetSpec, like: Tensor) -> list[Tensor]:
+    values = (torch.tensor(v, dtype=like.dtype, device=like.device) for v in (spec.mean, spec.std))
+    return [value.view(-1, 1, 1) for value in values]
 
 
 class ImageDataset:

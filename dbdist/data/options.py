@@ -1,7 +1,7 @@
 """Options of the data sets. No torch here: a configuration is read and checked without it."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from dbdist.config.options import DataOptions, Options, Ranges
 from dbdist.config.ranges import Range, at_least
@@ -38,4 +38,7 @@ class ImageOptions(DataOptions):
     image_folder (ROOT/train/CLASS/… and ROOT/val/CLASS/… or ROOT/test/CLASS/…)."""
     image_size: int | None = None
     """Side in pixels to which images are resized; null: the dataset's own (image_folder: 64)."""
+    scaling: Literal["dataset", "symmetric"] = "dataset"
+    """Pixels as the network sees them: mean 0 and deviation 1 over the training set, or from -1 to
+    1, which generation has by default."""
     augment: AugmentOptions = field(default_factory=AugmentOptions)

@@ -65,6 +65,8 @@ def dataset_spec(config: ImageOptions) -> DatasetSpec:
     """The configured set's spec: constants, but image_folder's classes are its folders."""
     spec = _SPECS[config.name]
     spec = replace(spec, image_size=config.image_size or spec.image_size)
+    if config.scaling == "symmetric":
+        spec = replace(spec, mean=(0.5,) * spec.channels, std=(0.5,) * spec.channels)
     if config.name != "image_folder":
         return spec
     names = tuple(class_folders(require(config) / "train"))

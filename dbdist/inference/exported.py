@@ -58,8 +58,12 @@ class WholeModel(nn.Module):
         self.sampler = sampler
 
     @torch.no_grad()
-    def forward(self, batch: Batch, first: int = 0) -> Tensor:
-        """The chain's answers. first: number of the first sample; numbers name the noise."""
+    def forward(self, batch: Batch, first: int = 0, **changes: Any) -> Tensor:
+        """The chain's answers. first: number of the first sample; numbers name the noise.
+
+        changes: of the sampler, for this call.
+        """
+        sampler = replace(self.sampler, **changes)
         num_samples = len(next(iter(batch.values())))
         rows = Rows(first, first + num_samples)
         condition, answer, z, carry = self.task.condition(batch), None, None, None
@@ -67,12 +71,10 @@ class WholeModel(nn.Module):
             assert isinstance(denoiser, Denoiser)
             if z is None or carry is None:
                 like = next(p for p in denoiser.shared.parameters() if p.is_floating_point())
-                z = self.sampler.initial_state(self.task, rows, like.dtype).to(like.device)
+                z = sampler.initial_state(self.task, rows, like.dtype).to(like.device)
                 carry = like.new_zeros(num_samples, *(self.task.carry_shape or (0,)))
             shared = denoiser.shared
-            z, answer = self.sampler.run_block(
-                block, denoiser, self.task, shared, condition, z, rows
-            )
+            z, answer = sampler.run_block(block, denoiser, self.task, shared, condition, z, rows)
             carry, answer = self.task.read(block, answer, carry)
         assert answer is not None, "there are no blocks"
         return answer

@@ -1,11 +1,92 @@
 """Options of the architectures, without torch: a configuration is checked without it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from dbdist.config.options import ModelOptions, Ranges
-from dbdist.config.ranges import FRACTION, at_least
+from dbdist.config.ranges import FRACTION, POSITIVE, at_least
 from dbdist.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTOptions(ModelOptions):
+    """A diffusion transformer over the patches of a noisy image, conditioned by level and class.
+
+    `size` names a published size; otherwise num_layers, hidden_size and num_heads say it. All three
+    are numbers as soon as the section exists.
+    """
+
+    RANGES: ClassVar[Ranges] = {
+        **ModelOptions.RANGES,
+        "hidden_size": at_least(4, 2**20),
+        "num_heads": at_least(1),
+        "patch_size": at_least(1, 2**14),
+        "label_std": POSITIVE,
+        "level_scale": POSITIVE,
+    }
+    SIZES: ClassVar[Mapping[str | None, tuple[int, int, int]]] = {
+        "S": (12, 384, 6),
+        "B": (12, 768, 12),
+        "L": (24, 1024, 16),
+        "XL": (28, 1152, 16),
+        None: (6, 64, 4),
+    }
+    """num_layers, hidden_size and num_heads of each size. Source: DiT (2212.09748), table 1."""
+
+    name: str = "dit"
+    """Architecture: a diffusion transformer for images."""
+    size: Literal["S", "B", "L", "XL"] | None = None
+    """Published size, which stands for num_layers, hidden_size and num_heads; null: these three
+    say it."""
+    num_layers: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Layers over all blocks; null: those of the size, or 6."""
+    hidden_size: int | None = None
+    """Width D of a token, a multiple of 4; null: that of the size, or 64."""
+    num_heads: int | None = None
+    """Attention heads; divides hidden_size; null: those of the size, or 4."""
+    patch_size: int = 2
+    """Side of a square patch in pixels; divides the image side."""
+    label_std: float = 0.02
+    """Standard deviation of the label embeddings at the start: 0.02 as published; 0.5 lets a short
+    training on little data tell the classes apart."""
+    level_scale: float = 1.0
+    """Factor on ln(sigma) / 4 before its sinusoids, whose highest frequency is 1: with 1 they are
+    nearly linear in it."""
+
+    def __post_init__(self) -> None:
+        for key, value in self._published().items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
+
+    @property
+    def width_and_heads(self) -> tuple[int, int]:
+        """(hidden_size, num_heads), with their defaults."""
+        assert self.hidden_size is not None
+        assert self.num_heads is not None
+        return self.hidden_size, self.num_heads
+
+    def check(self) -> None:
+        for key, value in self._published().items():
+            if self.size is not None and getattr(self, key) != value:
+                raise ConfigError(
+                    f"model.size: {self.size} has {key} {value}, but model.{key} is "
+                    f"{getattr(self, key)}; leave out one of them"
+                )
+        width, num_heads = self.width_and_heads
+        if width % num_heads:
+            raise ConfigError(
+                f"model.num_heads {num_heads} does not divide model.hidden_size {width}"
+            )
+        if width % 4:
+            raise ConfigError(
+                f"model.hidden_size is {width}; a quarter of it holds the sines of a row's "
+                "position, so it must be a multiple of 4"
+            )
+
+    def _published(self) -> dict[str, int]:
+        keys = "num_layers", "hidden_size", "num_heads"
+        return dict(zip(keys, self.SIZES[self.size], strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,6 +85,26 @@ class Process(Protocol):
         ...
 
 
+@runtime_checkable
+class SecondOrder(Protocol):
+    """A process whose steps can be corrected by a second evaluation."""
+
+    def corrected(
+        self,
+        z: Tensor,
+        denoised: Tensor,
+        next_z: Tensor,
+        next_denoised: Tensor,
+        level: float,
+        next_level: float,
+    ) -> Tensor:
+        """The state at the next level, by the mean of the slopes at both ends of a step.
+
+        next_z: what `step` made of z. next_denoised: the clean state there, at the next level.
+        """
+        ...
+
+
 def per_sample(values_N: Float[Tensor, " n"], like: Tensor) -> Tensor:
     """One value a sample, shaped to multiply a state of any trailing shape."""
     return values_N.reshape(-1, *[1] * (like.ndim - 1))

@@ -210,6 +210,19 @@ class Gaussian:
         """An Euler step on the probability-flow ODE. EDM (2206.00364), Algorithm 1."""
         return denoised + (next_level / level) * (z - denoised)
 
+    def corrected(
+        self,
+        z: Tensor,
+        denoised: Tensor,
+        next_z: Tensor,
+        next_denoised: Tensor,
+        level: float,
+        next_level: float,
+    ) -> Tensor:
+        """Heun's step, of second order. EDM (2206.00364), Algorithm 1, lines 7 and 8."""
+        slopes = (z - denoised) / level + (next_z - next_denoised) / next_level
+        return z + (next_level - level) / 2 * slopes
+
     def describe(self) -> dict[str, Any]:
         return {"name": "gaussian", **asdict(self.partition)}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dbdist import seeds
 from dbdist.build import Setup
-from dbdist.processes.base import Process
+from dbdist.processes.base import Process, SecondOrder
 from dbdist.processes.partition import Steps
 from dbdist.tasks.base import Condition, Task
 
@@ -48,7 +48,9 @@ class Rows:
 class Sampler:
     """The levels of the sampler, which block takes each, and how steps are taken.
 
-    num_draws: states per sample whose answers are averaged. guidance_scale: 0 for none.
+    num_draws: states per sample whose answers are averaged. guidance_scale: 0 for none. order: 1,
+    or 2 for Heun's method, whose second evaluation of a step, at the next step's level, is done by
+    the same block: nothing more travels, even where the next level is another block's.
     """
 
     process: Process
@@ -57,6 +59,7 @@ class Sampler:
     start: Literal["mean", "noise"] = "mean"
     num_draws: int = 1
     guidance_scale: float = 0.0
+    order: int = 1
 
     def initial_state(self, task: Task, rows: Rows, dtype: torch.dtype) -> Tensor:
         """First states of a micro-batch; the draws of a sample are adjacent.
@@ -93,9 +96,16 @@ class Sampler:
             level_N = self._levels(levels[i], z)
             output = self.guided(denoise, task, condition_of_z, z, level_N)
             if i + 1 < len(levels):
-                denoised = task.denoised(output, shared)
+                denoised, ends = task.denoised(output, shared), (levels[i], levels[i + 1])
                 draw = self._draw(i, task, rows, z) if self.process.draws_in_steps else None
-                z = self.process.step(z, denoised, levels[i], levels[i + 1], draw)
+                next_z = self.process.step(z, denoised, *ends, draw)
+                if self.order == 2:
+                    assert isinstance(self.process, SecondOrder)
+                    level_N = self._levels(ends[1], z)
+                    again = self.guided(denoise, task, condition_of_z, next_z, level_N)
+                    next_denoised = task.denoised(again, shared)
+                    next_z = self.process.corrected(z, denoised, next_z, next_denoised, *ends)
+                z = next_z
         assert output is not None, f"block {block} takes no step"
         answer = task.answer(output, shared)
         if self.num_draws > 1:
@@ -136,7 +146,9 @@ def build_sampler(setup: Setup) -> Sampler:
     steps = setup.process.steps(s, config.sampler_steps)
     if config.is_plain:
         return Sampler(setup.process, steps, config.seed)
-    return Sampler(setup.process, steps, config.seed, s.start, s.num_draws, s.guidance_scale)
+    return Sampler(
+        setup.process, steps, config.seed, s.start, s.num_draws, s.guidance_scale, s.order
+    )
 
 
 def describe_sampler(setup: Setup) -> dict[str, Any]:

@@ -25,8 +25,11 @@ Batch = Mapping[str, Tensor]
 Condition = Any
 """A tensor, or a tuple of tensors: what the network sees besides the state. Samples first."""
 LoadSplit = Callable[[Literal["train", "test"]], Dataset]
-Answer = Callable[[Batch, int], Tensor]
-"""(a batch of requests, the number of its first sample) -> the chain's answers."""
+Answer = Callable[..., Tensor]
+"""(a batch of requests, the number of its first sample) -> the chain's answers.
+
+Keywords change the sampler for this call, such as `seed`.
+"""
 
 
 class Loss(NamedTuple):

@@ -74,3 +74,52 @@ class MaskedTextOptions(TaskOptions):
 
     name: str = "masked_text"
     """Task: text, by masked diffusion."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSamplerOptions(GaussianSamplerOptions):
+    """How the chain of blocks makes an image of noise."""
+
+    num_steps: int | None = 50
+    """Noise levels over the whole chain, at least num_blocks; null: 2 x num_blocks."""
+    method: Literal["euler", "heun"] = "euler"
+    """A step follows the slope at its level, or (heun) the mean of the slopes at its level and at
+    the next: almost twice the evaluations. The block that owns the level does both, also where the
+    next level is another block's."""
+
+    @property
+    def order(self) -> int:
+        return 2 if self.method == "heun" else 1
+
+    def check(self) -> None:
+        super().check()
+        if self.num_draws > 1:
+            raise ConfigError(
+                f"sampler.num_draws is {self.num_draws}, but the mean of several images is no "
+                "image; use 1"
+            )
+        if self.start == "mean":
+            raise ConfigError(
+                "sampler.start: mean would make every image of a class the same one; use start: "
+                "noise"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(TaskOptions):
+    """Denoise images (or their latents), given their class."""
+
+    sampler: ClassVar[type[SamplerOptions]] = GenerationSamplerOptions
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "model.name": "dit",
+        "noise.name": "gaussian",
+        "noise.p_mean": -1.2,
+        "data.name": "digits",
+        "data.scaling": "symmetric",
+        "sampler.start": "noise",
+    }
+
+    name: str = "generation"
+    """Task: images of a class."""
+    condition_dropout: float = 0.1
+    """Probability of training an image without its class, which guidance needs; 0 to 1."""
