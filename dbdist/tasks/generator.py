@@ -1,7 +1,7 @@
 """A generator in a user's hands, and what it is asked for: classes in, pictures out."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 from typing import Any
 
@@ -71,26 +71,38 @@ class Generator:
         seed: int = 0,
         guidance: float | None = None,
         batch_size: int = 64,
-    ) -> Shaped[Tensor, "n c s s"]:
-        """`num` pictures as uint8, going round these classes; latents as they are, in floats.
+        decode: Callable[[Tensor], Tensor] | None = None,
+    ) -> Shaped[Tensor, "n _ _ _"]:
+        """`num` pictures as uint8 (n, C, S, S), going round these classes.
+
+        A model of latents gives latents, floats scaled as the data set's, or what `decode` makes of
+        a batch of them.
 
         classes: an index, a name, or several; None: all. A picture depends on its place, its class
         and the seed alone, however many are made. guidance: scale of classifier-free guidance, 0
         for none; None: as the model was exported. Raises ConfigError for classes that there are
         not, and for guidance that the model was not trained for.
         """
+        is_picture = is_of_pictures(self.spec)
+        if decode is not None and is_picture:
+            raise ConfigError(f"{self.spec.name} are pictures already; leave out decode")
         changes: dict[str, Any] = {"seed": seed}
         if guidance is not None:
             check_guidance(guidance, self._condition_dropout)
             changes["guidance_scale"] = guidance
         requests = Requests(self.spec, classes_of(self.spec, classes), num)
         shape = self.spec.channels, self.spec.image_size, self.spec.image_size
-        made = [torch.empty(0, *shape)]
-        for first in range(0, num, batch_size):
+        made: list[Tensor] = []
+        for first in range(0, max(num, 1), batch_size):
             label = requests.labels[first : first + batch_size].to(self.device)
-            made.append(self._answer({"label": label}, first, **changes).cpu())
-        images = torch.cat([x.float() for x in made])
-        return denormalize(images, self.spec) if is_of_pictures(self.spec) else images
+            if len(label) > 0:
+                answers = self._answer({"label": label}, first, **changes).cpu().float()
+            else:
+                answers = torch.empty(0, *shape)
+            if is_picture:
+                answers = denormalize(answers, self.spec)
+            made.append(answers if decode is None else decode(answers))
+        return torch.cat(made)
 
     def probe(self) -> None:
         """Raises what a wrong description would raise at the first image; one step a block."""

@@ -282,3 +282,20 @@ def test_a_loaded_model_is_not_guided_beyond_what_it_learned():
         model = Generator(SPEC, refuse, torch.device("cpu"), PROCESS.partition, dropout)
         with pytest.raises(ConfigError, match=r"sampler\.guidance_scale"):
             model.sample(0, 1, guidance=scale)
+
+
+def test_latents_are_drawn_as_they_are_or_decoded():
+    def answer(batch, first, **changes):
+        place = torch.arange(first, first + len(batch["label"]))
+        return (10 * place + batch["label"]).reshape(-1, 1, 1, 1).expand(-1, 4, 4, 4).double()
+
+    model = Generator(Latents(), answer, torch.device("cpu"), PROCESS.partition, 0.1)
+    latents = model.sample([2, 0], 5, batch_size=2)
+    assert latents.dtype == torch.float32
+    assert latents[:, 3, 1, 2].tolist() == [2, 10, 22, 30, 42]
+    twice = model.sample([2, 0], 5, batch_size=2, decode=lambda x: x.repeat(1, 1, 2, 2).byte())
+    assert (twice.shape, twice.dtype) == ((5, 4, 8, 8), torch.uint8)
+    assert model.sample(num=0).shape == (0, 4, 4, 4)
+    pictures = Generator(SPEC, answer, torch.device("cpu"), PROCESS.partition, 0.1)
+    with pytest.raises(ConfigError, match="pictures already"):
+        pictures.sample(0, decode=lambda x: x)
