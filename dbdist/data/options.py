@@ -69,7 +69,8 @@ class TextOptions(DataOptions):
     random_offset: bool = True
     """Training windows start at any symbol, drawn anew in each pass; false: at multiples of T."""
     cache: str | None = None
-    """Folder for the token ids of texts of more than 8 MiB; null: .dbdist beside the text."""
+    """Folder for the ids of texts of more than 8 MiB (0.5 MiB with a tokenizer's file), which one
+    process a node writes; null: .dbdist in data.root, or beside the file that it is."""
 
     def check(self) -> None:
         known = ("characters", "bytes")

@@ -38,7 +38,8 @@ from dbdist.errors import DataError
 from dbdist.whole_files import locked, writing_whole
 
 IN_MEMORY_BYTES = 2**23
-"""Texts up to this size are turned into ids by each process, and nothing is written."""
+"""Texts up to this size are turned into characters or bytes by each process, in no time, and
+nothing is written; for tokens, which take much longer, a sixteenth of it."""
 FORMAT = 1
 """Of the files of ids; another number never reads the files of this one."""
 MASK_SIGN = "□"
@@ -184,7 +185,7 @@ def prepare(options: TextOptions) -> None:
     For one process per node. Nothing is downloaded.
     """
     text, tokenizer = text_of(options), _tokenizer(options)
-    if text.stream.size <= IN_MEMORY_BYTES:
+    if not _is_long(text, tokenizer):
         return
     for part in ("train", options.held_out):
         path = _file_of_ids(options, text, tokenizer, part)
@@ -228,6 +229,11 @@ def _ids_of(text: Text, tokenizer: Tokenizer, part: str) -> Iterator[Ids]:
 # Files of ids
 
 
+def _is_long(text: Text, tokenizer: Tokenizer) -> bool:
+    limit = IN_MEMORY_BYTES if tokenizer.cut == "anywhere" else IN_MEMORY_BYTES // 16
+    return text.stream.size > limit
+
+
 def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
     """The narrowest type that holds every id; the first byte in a file is the lowest."""
     size = tokenizer.vocabulary_size
@@ -241,8 +247,10 @@ def _file_of_ids(options: TextOptions, text: Text, tokenizer: Tokenizer, part: s
         source.append(asdict(tokenizer.identity))
     digest = hashlib.sha256(json.dumps(source).encode()).hexdigest()
     root = root_of(options)
-    beside = (root if root.is_dir() else root.parent) / ".dbdist"
-    folder = beside if options.cache is None else Path(options.cache).expanduser().absolute()
+    beside = root.parent if options.name == "text" and not root.is_dir() else root
+    folder = beside / ".dbdist"
+    if options.cache is not None:
+        folder = Path(options.cache).expanduser().absolute()
     return folder / f"{part}-{digest[:32]}.{_dtype(tokenizer).name}"
 
 
@@ -254,7 +262,7 @@ def _write(path: Path, text: Text, tokenizer: Tokenizer, part: str) -> None:
 
 def _stored(options: TextOptions, text: Text, tokenizer: Tokenizer, part: str) -> Ids | None:
     """The ids of a long text that `prepare` has written; None where there are none."""
-    if text.stream.size <= IN_MEMORY_BYTES:
+    if not _is_long(text, tokenizer):
         return None
     path, dtype = _file_of_ids(options, text, tokenizer, part), _dtype(tokenizer)
     try:

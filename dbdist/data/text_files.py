@@ -202,16 +202,26 @@ def _text8(root: Path) -> Text:
             f"{shown(found)} is not text8: it holds {stream.size:,} bytes instead of "
             f"{TEXT8_ENDS[-1]:,}; get {TEXT8_URL}"
         )
+    # what is read from an archive is too large to be remembered
+    digest_of = _digest_of_letters if found == file else _digest_of_letters.__wrapped__
+    if (digest := digest_of(stream)) is None:
+        raise DataError(
+            f"{shown(found)} is not text8: it holds other characters than a to z and space; get "
+            f"{TEXT8_URL}"
+        )
+    return Text(stream, _parts(TEXT8_ENDS), digest, LETTERS)
+
+
+@lru_cache(maxsize=1)
+def _digest_of_letters(stream: Stream) -> str | None:
+    """SHA-256 of what holds a to z and space only; None where there is more."""
     digest = hashlib.sha256()
     is_letter = np.isin(np.arange(256), np.frombuffer("".join(LETTERS).encode(), np.uint8))
     for piece in stream.read(0, stream.size):
         digest.update(piece)
         if not is_letter[np.frombuffer(piece, np.uint8)].all():
-            raise DataError(
-                f"{shown(found)} is not text8: it holds other characters than a to z and space; "
-                f"get {TEXT8_URL}"
-            )
-    return Text(stream, _parts(TEXT8_ENDS), digest.hexdigest(), LETTERS)
+            return None
+    return digest.hexdigest()
 
 
 def _from_archive(path: Path) -> bytes:

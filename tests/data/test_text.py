@@ -424,6 +424,25 @@ def test_a_preparation_that_fails_leaves_nothing(
     assert files_below(tmp_path) == []
 
 
+def test_tokens_are_kept_for_shorter_texts_than_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IN_MEMORY_BYTES", 16 * len(PROSE) - 16)
+    tokenizer = str(sentencepiece_file(tmp_path / "t.model"))
+    prepare(options(write(tmp_path / "a.txt", PROSE)))
+    assert files_below(tmp_path) == []
+    prepare(options(tmp_path / "a.txt", tokenizer=tokenizer))
+    assert len(files_below(tmp_path)) == 2
+
+
+def test_kjv_is_kept_in_the_root_even_where_there_is_none_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IN_MEMORY_BYTES", 2**20)
+    prepare(TextOptions(name="kjv", root=str(tmp_path / "data")))
+    assert [file.partition("-")[0] for file in files_below(tmp_path / "data")] == ["test", "train"]
+
+
 @pytest.mark.usefixtures("all_long")
 def test_damaged_ids_are_refused(tmp_path: Path) -> None:
     data = options(write(tmp_path / "a.txt", PROSE))
