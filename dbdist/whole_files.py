@@ -8,13 +8,20 @@ import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from io import BufferedReader
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under its name only once all of it is on disk.
+    """Writes a file under its name only once all of it is on disk; see `writing_whole`."""
+    with writing_whole(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def writing_whole(path: Path) -> Iterator[BufferedWriter]:
+    """A file to write, which gets its name only once all of it is on disk.
 
     Several processes may write the same file: one of them wins. Raises OSError, and then leaves
     the file as it was.
@@ -22,7 +29,7 @@ def write_whole(path: Path, content: bytes) -> None:
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -16,6 +16,7 @@ from dbdist.whole_files import (
     read_file,
     write_json,
     write_whole,
+    writing_whole,
 )
 
 
@@ -31,6 +32,25 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
         write_whole(path, b"other")
     assert path.read_text() == '{\n  "a": 1\n}\n'
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_file_gets_its_name_only_when_all_of_it_is_written(tmp_path):
+    path = tmp_path / "a"
+    with writing_whole(path) as file:
+        file.write(b"one ")
+        assert not path.exists()
+        file.write(b"two")
+    assert path.read_bytes() == b"one two"
+
+    def write_half():
+        with writing_whole(path) as file:
+            file.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write_half()
+    assert path.read_bytes() == b"one two"
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_folder_is_locked_by_one_at_a_time(tmp_path):

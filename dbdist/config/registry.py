@@ -34,6 +34,7 @@ class Plugin:
 
 
 _IMAGES = Plugin("dbdist.data.options:ImageOptions", "dbdist.data.sets")
+_TEXTS = Plugin("dbdist.data.options:TextOptions", "dbdist.data.text")
 
 TASKS: dict[str, Plugin] = {
     "classification": Plugin(
@@ -48,6 +49,7 @@ TASKS: dict[str, Plugin] = {
 }
 MODELS: dict[str, Plugin] = {
     "dit": Plugin("dbdist.models.options:DiTOptions", "dbdist.models.dit:DiT"),
+    "text": Plugin("dbdist.models.options:TextModelOptions", "dbdist.models.text:TextModel"),
     "vit": Plugin("dbdist.models.options:ViTOptions", "dbdist.models.vit:ViT"),
 }
 PROCESSES: dict[str, Plugin] = {
@@ -62,7 +64,7 @@ PROCESSES: dict[str, Plugin] = {
 DATASETS: dict[str, Plugin] = {
     name: _IMAGES
     for name in ("digits", "mnist5k", "cifar10", "cifar100", "tiny-imagenet", "image_folder")
-}
+} | {name: _TEXTS for name in ("kjv", "text8", "text")}
 SECTIONS: Mapping[str, dict[str, Plugin]] = {
     "model": MODELS,
     "data": DATASETS,

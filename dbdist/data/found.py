@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from dbdist.data.base import Dataset
-from dbdist.data.images import ImageDataset
 
 
 def describe_found(train: Dataset, test: Dataset) -> str:
-    """One line, as `train 1,437 images of 10 classes, test 360`, and what was left out."""
-    kind = "samples"
-    if isinstance(train, ImageDataset):
-        num_classes = train.spec.num_classes
-        kind = f"images of {num_classes} {'class' if num_classes == 1 else 'classes'}"
+    """One line, as `train 1,437 images of 10 classes, test 360`, and what was left out.
+
+    A set may have a `kind`, which says what its samples are.
+    """
+    kind = getattr(train, "kind", "samples")
     remarks = "".join(f"; {remark}" for dataset in (train, test) for remark in remarks_on(dataset))
     return f"train {len(train):,} {kind}, test {len(test):,}{remarks}"
 

@@ -103,6 +103,12 @@ class ImageDataset:
         self._augment = None if augment is None else _augmentation(augment, spec.image_size)
 
     @property
+    def kind(self) -> str:
+        """What the samples are, after their number."""
+        num_classes = self.spec.num_classes
+        return f"images of {num_classes} {'class' if num_classes == 1 else 'classes'}"
+
+    @property
     def augments(self) -> bool:
         """Whether a key's augment_seed changes the image."""
         return self._augment is not None

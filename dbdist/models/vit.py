@@ -10,7 +10,6 @@ Shapes: N samples, C channels, S image side, T = patches + 1 tokens, D width, E 
 classes.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -22,12 +21,12 @@ from torch import Tensor, nn
 
 from dbdist import seeds
 from dbdist.errors import ConfigError
+from dbdist.models.layers import fan_in_normal, timestep_features
 from dbdist.models.options import ViTOptions
 from dbdist.processes.base import Combine
 
 LAYER_NORM_EPS = 1e-12
 NUM_FREQUENCIES = 256
-MAX_PERIOD = 10_000.0
 INIT_STD = 0.02
 
 
@@ -156,10 +155,7 @@ class ViTShared(nn.Module):
 
     def embed_noise(self, c_noise: Float[Tensor, " n"]) -> Float[Tensor, "n e"]:
         """The condition of every AdaLN: SiLU of an MLP on 256 sinusoids, cosines first."""
-        half = NUM_FREQUENCIES // 2
-        exponent = torch.arange(half, device=c_noise.device, dtype=c_noise.dtype) / half
-        angle = c_noise.unsqueeze(-1) * torch.exp(-math.log(MAX_PERIOD) * exponent)
-        sinusoid = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        sinusoid = timestep_features(c_noise, NUM_FREQUENCIES)
         return F.silu(self.noise_mlp_out(F.silu(self.noise_mlp_in(sinusoid))))
 
     def output(
@@ -275,8 +271,7 @@ def initial_weights(
         elif leaf == "bias" or id(owner) in zero:
             pass
         elif is_weight and init == "fan_in":
-            std = value[0].numel() ** -0.5
-            nn.init.trunc_normal_(value, 0.0, std, -2 * std, 2 * std, generator=generator)
+            fan_in_normal(value, generator)
         else:
             value.normal_(0.0, INIT_STD, generator=generator)
         yield name, value
