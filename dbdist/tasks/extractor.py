@@ -30,7 +30,7 @@ MAX_KEPT = 7
 MAX_SIDE = 64
 """Larger images are averaged down to this side."""
 BATCH_SIZE = 64
-LR, SMOOTHING = 1e-3, 0.1
+LR, BETAS, EPS, SMOOTHING = 1e-3, (0.9, 0.999), 1e-8, 0.1
 MIN_SEEN, MAX_SEEN, EPOCHS = 20_000, 150_000, 3
 """Training images: so many epochs, within these bounds."""
 
@@ -57,8 +57,10 @@ class Extractor:
         is_finite_N1 = images.isfinite().flatten(1).all(dim=1, keepdim=True)
         network = self.network.to(images.device)
         with full_precision(images.device):
-            seen = network(as_shown(images, self.spec))
-        return Seen(*(None if x is None else x.where(is_finite_N1, torch.nan) for x in seen))
+            features, logits = network(as_shown(images, self.spec))
+        if logits is not None:
+            logits = logits.where(is_finite_N1, torch.nan)
+        return Seen(features.where(is_finite_N1, torch.nan), logits)
 
 
 @contextmanager
@@ -138,18 +140,34 @@ def train_small_network(train_set: Dataset, device: torch.device, seed: int = 0)
             nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=generator)
     network.to(device)
     num_steps = _num_steps(len(train_set))
-    optimizer = torch.optim.Adam(network.parameters(), lr=LR)
+    adam = _Adam(list(network.parameters()))
     with torch.enable_grad(), full_precision(device):
         for step, index in zip(range(num_steps), _shuffled(len(train_set), seed), strict=False):
-            optimizer.param_groups[0]["lr"] = LR * (1 - step / num_steps)
             batch = train_set.__getitems__(index)
             pixels = as_shown(batch["image"].to(device), train_set.spec)
             label_N = batch["label"].to(device)
             loss = F.cross_entropy(network(pixels).logits, label_N, label_smoothing=SMOOTHING)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            adam.step(loss, LR * (1 - step / num_steps))
     return network.cpu()
+
+
+class _Adam:
+    """Adam (1412.6980), without the seconds that the first step of torch's takes to import."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters, self.num_steps = parameters, 0
+        self.mean, self.square = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+
+    def step(self, loss: Float[Tensor, ""], lr: float) -> None:
+        gradients = torch.autograd.grad(loss, self.parameters)
+        self.num_steps += 1
+        scale = lr / (1 - BETAS[0] ** self.num_steps)
+        correction = 1 - BETAS[1] ** self.num_steps
+        with torch.no_grad():
+            for p, g, m, v in zip(self.parameters, gradients, self.mean, self.square, strict=True):
+                m.lerp_(g, 1 - BETAS[0])
+                v.lerp_(g * g, 1 - BETAS[1])
+                p.addcdiv_(m, (v / correction).sqrt_().add_(EPS), value=-scale)
 
 
 def images_of(

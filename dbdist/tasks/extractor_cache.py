@@ -1,4 +1,4 @@
-"""Files of what figures of images need beside the images: the small network, and real features.
+"""Files that figures of images need: the small network, and features of training images.
 
 DATA_ROOT/extractors/NAME-DIGEST.safetensors: the digest names the training images, their form and
 the recipe, so other data has other files. One process a node makes them (`dbdist.tasks.features`).

@@ -81,9 +81,10 @@ def prepare_features(
 
 
 def feature_figures(options: FeatureOptions, data: DataOptions) -> list[Figures]:
-    """The figures of generated images. Raises DataError where their files are missing or damaged.
+    """The figures of generated images, from the files of `prepare_features`.
 
-    Reads the training set: a task should call it once.
+    Reads the training set: a task should call it once. Raises DataError where a file is missing or
+    damaged.
     """
     train_set, folder = load_dataset(data, "train"), folder_of(data.root)
     spec: Any = train_set.spec

@@ -1,4 +1,4 @@
-"""Distances between two sets of feature vectors, from sums that add up over any cut of the sets.
+"""Distances between two sets of feature vectors, from sums that add up over any cut.
 
 `moments` gives the distinct entries of the sum over samples of y y (order 2) or y y y (order 3),
 outer products of y = (1, x): so they hold the count, the sum of x, of x x, and of x x x. Mean and
@@ -22,9 +22,9 @@ def num_moments(num_features: int, order: int) -> int:
 
 
 def moments(features_ND: Float[Tensor, "n d"], order: int) -> Float[Tensor, " size"]:
-    """Sums over samples of the products y_i y_j [y_k], i <= j [<= k], in that order; order 2 or 3.
+    """Sums over samples of the products y_i y_j [y_k], i <= j [<= k], in that order.
 
-    Those of order 2 are the first of those of order 3, where i = 0 and y_0 = 1.
+    order: factors, 2 or 3. The sums of order 2 are the first of order 3, where i = 0 and y_0 = 1.
     """
     x_ND = features_ND.double()
     y_NE = torch.cat([torch.ones_like(x_ND[:, :1]), x_ND], dim=1)

@@ -1,10 +1,9 @@
-"""Figures of generated images as sums over samples: likeness to test images, asked class, memory.
+"""Figures of generated images as sums: likeness to test images, asked class, copies.
 
 An answer is an image in the data set's normalised scale, its batch the test image and the class
 that was asked for. Knows nothing of ranks.
 """
 
-from math import sqrt
 from typing import Any
 
 import torch
@@ -186,6 +185,6 @@ class NearestFigures(Figures):
 
 def _standard_error(kernels: Float[Tensor, " 5"]) -> float:
     """Of the weighted mean of MMDs, from the sums of w, w v, w^2, w^2 v and w^2 v^2."""
-    w, wv, w2, w2v, w2v2 = kernels.tolist()
+    w, wv, w2, w2v, w2v2 = kernels
     mean = wv / w
-    return sqrt(max(0.0, w2v2 - 2 * mean * w2v + mean**2 * w2)) / w
+    return ((w2v2 - 2 * mean * w2v + mean**2 * w2).clamp_min(0).sqrt() / w).item()
