@@ -10,6 +10,17 @@ from dbdist.processes.options import GaussianSamplerOptions, MaskingSamplerOptio
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeatureOptions(TaskOptions):
+    """In what figures of generated images see likeness; for tasks that generate images."""
+
+    features: Literal["auto", "inception", "small"] = "auto"
+    """Features of frechet and kid: those of the published FID (inception: needs the extra `fid` and
+    the network's weights in data.root/extractors), of a small network that is trained on the
+    training images once (small), or inception for colour images of 32 pixels or more where it is
+    there (auto)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClassificationSamplerOptions(GaussianSamplerOptions):
     """How the chain of blocks turns an image into a class."""
 
