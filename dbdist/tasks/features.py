@@ -36,8 +36,10 @@ AUTO_SIDE = 32
 
 def features_of(
     options: FeatureOptions, data: DataOptions, spec: Any
-) -> Literal["inception", "small"]:
+) -> Literal["inception", "small", "none"]:
     """Whose features `task.features` means for this data. Raises ConfigError."""
+    if options.features == "none":
+        return "none"
     if options.features == "small":
         return "small"
     lacks = inception.missing(folder_of(data.root))

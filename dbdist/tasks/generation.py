@@ -7,6 +7,7 @@ Does not communicate.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from dbdist.config.options import DataOptions
 from dbdist.data.images import denormalize
 from dbdist.data.pictures import png_of
 from dbdist.errors import ConfigError
@@ -21,7 +23,8 @@ from dbdist.models.base import Model
 from dbdist.models.denoiser import Denoiser
 from dbdist.processes.base import Process, per_sample
 from dbdist.processes.partition import Partition
-from dbdist.tasks.base import Answer, Batch, Figures, Loss, MainFigure, Task
+from dbdist.tasks.base import Answer, Batch, Figures, LoadSplit, Loss, MainFigure, Task
+from dbdist.tasks.features import feature_figures, features_of, prepare_features
 from dbdist.tasks.generator import Generator, Requests, check_guidance, classes_of
 from dbdist.tasks.options import GenerationOptions
 from dbdist.tasks.pictures import grid, is_of_pictures
@@ -38,9 +41,19 @@ class Generation(Task):
 
     main = MainFigure("loss", is_higher_better=False)
 
-    def __init__(self, options: GenerationOptions, spec: Any, partition: Partition) -> None:
-        """spec: of the data set, with channels, image_size and num_classes."""
+    def __init__(
+        self,
+        options: GenerationOptions,
+        spec: Any,
+        partition: Partition,
+        data: DataOptions | None = None,
+    ) -> None:
+        """spec: of the data set, with channels, image_size and num_classes.
+
+        data: the set whose images the generated ones are compared with; None: no comparison.
+        """
         self.options, self.spec, self.partition = options, spec, partition
+        self._data = data if is_of_pictures(spec) and options.features != "none" else None
         self.state_shape = (spec.channels, spec.image_size, spec.image_size)
 
     @classmethod
@@ -50,7 +63,8 @@ class Generation(Task):
                 f"task.name: generation takes Gaussian noise away, which noise.name: "
                 f"{config.noise.name} does not add; use noise.name: gaussian"
             )
-        task = cls(config.task, spec, process.partition)
+        features_of(config.task, config.data, spec)  # refuses what cannot be had
+        task = cls(config.task, spec, process.partition, config.data)
         if getattr(model, "image_shape", None) != task.state_shape:
             raise ConfigError(
                 f"task.name: generation needs a model that denoises images, which model.name: "
@@ -94,8 +108,17 @@ class Generation(Task):
         """The denoised image, scaled as the data set's."""
         return output
 
+    def prepare(self, load: LoadSplit) -> None:
+        if self._data is not None:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            prepare_features(self.options, self._data, load("train"), device)
+
     def figures(self) -> list[Figures]:
-        return [UnitLoss(self)]
+        return [UnitLoss(self), *self._of_pictures]
+
+    @cached_property
+    def _of_pictures(self) -> list[Figures]:
+        return [] if self._data is None else feature_figures(self.options, self._data)
 
     def requests(self, classes: Sequence[int | str] | None, num: int) -> Requests:
         """As many requests for images, going round these classes (None: all)."""

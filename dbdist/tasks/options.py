@@ -13,11 +13,11 @@ from dbdist.processes.options import GaussianSamplerOptions, MaskingSamplerOptio
 class FeatureOptions(TaskOptions):
     """In what figures of generated images see likeness; for tasks that generate images."""
 
-    features: Literal["auto", "inception", "small"] = "auto"
+    features: Literal["auto", "inception", "small", "none"] = "auto"
     """Features of frechet and kid: those of the published FID (inception: needs the extra `fid` and
     the network's weights in data.root/extractors), of a small network that is trained on the
     training images once (small), or inception for colour images of 32 pixels or more where it is
-    there (auto)."""
+    there (auto). none: no such figures, so that an evaluation need not draw the whole test set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class GenerationSamplerOptions(GaussianSamplerOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions(TaskOptions):
+class GenerationOptions(FeatureOptions):
     """Denoise images (or their latents), given their class."""
 
     sampler: ClassVar[type[SamplerOptions]] = GenerationSamplerOptions
