@@ -42,16 +42,15 @@ class LatentSpec:
     std: tuple[float, ...]
     """What each channel is divided by then: its standard deviation / SIGMA_DATA."""
     class_names: tuple[str, ...] | None
-    vae_name: str
-    """For people; `vae_sha256` says which autoencoder it is."""
     vae_sha256: str
+    """Of the weights of the autoencoder."""
     scaling: float
     """Latents before normalisation are (raw - shift) x scaling."""
     shift: float
 
     def identity(self) -> dict[str, Any]:
         """What tells this data from other data: classes, size, scaling and autoencoder."""
-        values = {key: value for key, value in asdict(self).items() if key != "vae_name"}
+        values = asdict(self)
         return {k: [*v] if isinstance(v, tuple) else v for k, v in values.items()}
 
 
@@ -66,7 +65,6 @@ def spec_of(index: Index) -> LatentSpec:
         index.mean,
         tuple(std / SIGMA_DATA for std in index.std),
         contents.class_names,
-        contents.vae.name,
         contents.vae.sha256,
         contents.vae.scaling,
         contents.vae.shift,
@@ -74,7 +72,7 @@ def spec_of(index: Index) -> LatentSpec:
 
 
 def spec_from(values: dict[str, Any]) -> LatentSpec:
-    """A spec from what `asdict` made of it, by way of JSON."""
+    """A spec from what `asdict` or `identity` made of it, by way of JSON."""
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return LatentSpec(**given)
 

@@ -5,7 +5,7 @@ Latents are as diffusers' pipelines have them, (raw - shift) x scaling. Nothing 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,14 @@ def decode_latents(
 
     Raises ConfigError for another autoencoder than the data set was encoded by.
     """
-    made_by = VaeIdentity(spec.vae_name, spec.vae_sha256, spec.scaling, spec.shift)
-    if vae.identity.sha256 != made_by.sha256:
+    own = vae.identity
+    if own.sha256 != spec.vae_sha256:
         raise ConfigError(
-            f"the latents were made by {made_by.name} (SHA-256 of its weights "
-            f"{made_by.sha256[:12]}…), not by this {vae.identity.name} "
-            f"({vae.identity.sha256[:12]}…); give the one that they were made by"
+            f"the latents were made by another autoencoder than {own.name}: the SHA-256 of its "
+            f"weights is {spec.vae_sha256[:16]}…, not {own.sha256[:16]}…"
         )
-    vae = Vae(**{**vars(vae), "identity": made_by})  # the latents' own unit
+    own = replace(own, scaling=spec.scaling, shift=spec.shift)  # the latents' own unit
+    vae = replace(vae, identity=own)
     side = vae.factor * latents.shape[-1]
     parts = [torch.empty(0, vae.image_channels, side, side)]
     for start in range(0, len(latents), BATCH):
