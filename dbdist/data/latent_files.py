@@ -133,7 +133,7 @@ def read_index(root: Path) -> Index:
         for split, shards in index.shards.items():
             if not shards or [s.file for s in shards] != shard_files(split, len(shards)):
                 raise ValueError(f"{split} has not one shard after the other")
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         reason = " ".join(shown(str(error)).split())[:200]
         raise DataError(f"{shown(path)} is damaged ({reason}); encode again") from None
     return index

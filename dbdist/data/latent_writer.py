@@ -184,7 +184,7 @@ def _continue(writer: LatentWriter) -> None:
         listing = read_listing(path)
         try:
             shards, stored = shards_of(listing), flat(listing["contents"])
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
             reason = " ".join(shown(str(error)).split())[:200]
             raise ConfigError(f"{shown(path)} is damaged ({reason}); name a new folder") from None
         wanted = to_json(writer.contents, {"train": (), "test": ()})

@@ -115,7 +115,7 @@ class LatentDataset:
         """flips: mirror half of the training samples. Raises DataError for other shards."""
         self.spec = spec_of(index)
         self._form, self._root = index.contents.form, root
-        self._flips = flips and split == "train"
+        self._flips = flips
         self.augments = split == "train" and (self._form.has_posterior or flips)
         self._shards: Sequence[Shard] = index.shards[split]
         self._tensors = [open_shard(root / s.file, self._form, split, s) for s in self._shards]

@@ -296,6 +296,42 @@ def test_a_shard_of_another_size_is_refused_at_the_start(tmp_path: Path) -> None
     assert f"has {size - 1:,} bytes, index.json says {size:,}" in refusal(options(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("mean", 1), float("nan")),
+        (("std", 1), float("inf")),
+        (("std", 1), 0.0),
+        (("std",), [1.0, 1.0, 1.0]),
+        (("mean", 0), 10**400),
+        (("mean",), None),
+        (("contents",), []),
+        (("contents", "form"), None),
+        (("contents", "form", "channels"), 3),
+        (("contents", "form", "dtype"), "int8"),
+        (("contents", "form", "has_posterior"), "yes"),
+        (("contents", "vae", "sha256"), None),
+        (("contents", "class_names"), ["ant", "bee"]),
+        (("contents", "num_classes"), 0),
+        (("shards", "test"), []),
+        (("shards", "train", 1, "file"), "../train-00001.safetensors"),
+        (("shards", "train", 1, "file"), "train-00000.safetensors"),
+        (("shards", "train", 1, "num_samples"), -8),
+    ],
+)
+def test_an_index_with_an_impossible_value_is_refused(
+    tmp_path: Path, keys: tuple[Any, ...], value: Any
+) -> None:
+    write(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    place = index
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    assert "index.json is damaged (" in refusal(options(tmp_path))
+
+
 def rewrite(root: Path, number: int = 1, **changed: Tensor | None) -> None:
     """A shard with other tensors, and the index's size of it."""
     path = root / f"train-{number:05}.safetensors"
