@@ -19,6 +19,7 @@ COMMANDS = {
     "to type",
     "check-data": "open every sample once and list what cannot be used",
     "sample": "draw samples from a run's model, through the chain or in one process",
+    "encode-latents": "compute the latents of a set of images once, by an autoencoder on disk",
     "export": "write a run's model as one model.safetensors + config.json for dbdist.load",
     "merge": "join blocks of one model that were trained in different places into one run",
     "import-published": "convert weights of the published ViT code to an exported model",

@@ -10,19 +10,20 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dbdist.commands.command_line import OneLineParser, guarded, with_first
+from dbdist.commands.progress import progress_bar
 from dbdist.config.config import check_values
 from dbdist.config.parse import parse_config
-from dbdist.data.base import Dataset
+from dbdist.data.base import ChecksFiles, Dataset
 from dbdist.data.found import describe_found
-from dbdist.data.images import ImageDataset
 from dbdist.data.sources import load_dataset, prepare
+from dbdist.data.workers import TakesNotes
 from dbdist.errors import DataError
 
 CHUNK = 32
@@ -55,19 +56,24 @@ def run(argv: list[str]) -> None:
     prepare(data)
     train, test = load_dataset(data, "train"), load_dataset(data, "test")
     _say(describe_found(train, test))
-    if isinstance(train, ImageDataset) and isinstance(test, ImageDataset):
+    if hasattr(train, "labels") and hasattr(train.spec, "num_classes"):
         _show_classes(train, test)
-    num_bad = 0
+    num_files, num_bad = 0, 0
     for split, dataset in (("train", train), ("test", test)):
+        for reason in dataset.damaged_files() if isinstance(dataset, ChecksFiles) else ():
+            _say(f"bad: {reason}")
+            num_files += 1
         for reason in find_damage(dataset, split):
             _say(f"bad: {reason}")
             num_bad += 1
     total = len(train) + len(test)
     if num_bad:
+        skip = ", or train with --data.on_error skip" if isinstance(train, TakesNotes) else ""
         raise DataError(
-            f"{num_bad} of {total:,} samples cannot be used; mend or remove their files, or train "
-            "with --data.on_error skip"
+            f"{num_bad} of {total:,} samples cannot be used; mend or remove their files{skip}"
         )
+    if num_files:
+        raise DataError(f"files that are damaged: {num_files}; restore them from a copy")
     _say(f"all {total:,} samples can be used")
 
 
@@ -78,17 +84,9 @@ def find_damage(dataset: Dataset, split: str) -> Iterator[str]:
     def check(start: int) -> list[str]:
         return _damage(dataset, list(range(len(dataset))[start : start + CHUNK]))
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
     pool = ThreadPoolExecutor(os.cpu_count() or 1)
     try:
-        with Progress(
-            *columns,
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            redirect_stdout=sys.stdout.isatty(),  # what goes to a file stays out of the terminal
-        ) as progress:
+        with progress_bar() as progress:
             task = progress.add_task(split, total=len(dataset))
             for start, found in zip(starts, pool.map(check, starts), strict=True):
                 progress.update(task, completed=min(start + CHUNK, len(dataset)))
@@ -107,13 +105,14 @@ def _damage(dataset: Dataset, indices: list[int]) -> list[str]:
     return []
 
 
-def _show_classes(train: ImageDataset, test: ImageDataset) -> None:
+def _show_classes(train: Any, test: Any) -> None:
+    """Counts of each class. train, test: with labels and a spec of classes."""
     num_classes = train.spec.num_classes
     names = train.spec.class_names or tuple(map(str, range(num_classes)))
     counts = [torch.bincount(s.labels, minlength=num_classes).tolist() for s in (train, test)]
     if num_classes > MAX_ROWS:
         low, high = min(counts[0]), max(counts[0])
-        _say(f"{low:,} to {high:,} images to train of each class ({names[0]} … {names[-1]})")
+        _say(f"{low:,} to {high:,} samples to train of each class ({names[0]} … {names[-1]})")
         return
     table = Table("class", "name", "train", "test", box=None)
     for i, name in enumerate(names):

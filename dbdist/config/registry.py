@@ -65,6 +65,7 @@ DATASETS: dict[str, Plugin] = {
     name: _IMAGES
     for name in ("digits", "mnist5k", "cifar10", "cifar100", "tiny-imagenet", "image_folder")
 } | {name: _TEXTS for name in ("kjv", "text8", "text")}
+DATASETS["latents"] = Plugin("dbdist.data.options:LatentOptions", "dbdist.data.latents")
 SECTIONS: Mapping[str, dict[str, Plugin]] = {
     "model": MODELS,
     "data": DATASETS,

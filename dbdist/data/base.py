@@ -1,6 +1,6 @@
 """What every set of samples offers to training and evaluation, whatever its samples are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -47,4 +47,13 @@ class Dataset(Protocol):
 
     def digest(self) -> str:
         """SHA-256 that names the samples and their order, the same on every machine."""
+        ...
+
+
+@runtime_checkable
+class ChecksFiles(Protocol):
+    """A set that knows the content of its files by hash."""
+
+    def damaged_files(self) -> Iterator[str]:
+        """A sentence for each file that is not as it was written; reads all of them."""
         ...

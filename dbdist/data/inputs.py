@@ -12,20 +12,26 @@ from torch import Tensor
 
 from dbdist.data.folders import is_left_out
 from dbdist.data.images import DatasetSpec, normalize
+from dbdist.data.latents import LatentSpec
+from dbdist.data.latents import normalize as normalize_latents
 from dbdist.data.pictures import ENDINGS, as_shown, read_picture
 
 DARK = 32
 """uint8 images of which nothing is brighter are probably on another scale."""
 
 
-def pixels_of(images: Any, spec: DatasetSpec) -> Float[Tensor, "n c h w"]:
+def pixels_of(images: Any, spec: DatasetSpec | LatentSpec) -> Float[Tensor, "n c h w"]:
     """Images as the model expects them.
 
     images: (N, C, S, S) or, with one channel, (N, S, S), as tensor, array or list; colour may come
     last; one image without its N; a PIL image or a list of them; a picture file or a folder of
     them, sorted by name. Numbers: uint8, floats in [0, 1], or floats in the data set's own range
     (0 to 16 for scikit-learn's digits, else 0 to 255). Raises ValueError for anything else.
+
+    A model of latents takes those instead, as diffusers' pipelines have them.
     """
+    if isinstance(spec, LatentSpec):
+        return _latents(images, spec)
     if isinstance(images, str | os.PathLike):
         return normalize(_from_files(Path(images).expanduser(), spec), spec)
     if _is_picture(images):
@@ -35,6 +41,18 @@ def pixels_of(images: Any, spec: DatasetSpec) -> Float[Tensor, "n c h w"]:
             return normalize(torch.stack([_from_picture(image, spec) for image in images]), spec)
         images = torch.stack([_tensor(image) for image in images])
     return normalize(_in_range(_in_order(_tensor(images), spec), spec), spec)
+
+
+def _latents(latents: Any, spec: LatentSpec) -> Tensor:
+    expected = (spec.channels, spec.image_size, spec.image_size)
+    given = None if isinstance(latents, str | os.PathLike) else _tensor(latents)
+    if given is None or not given.is_floating_point() or tuple(given.shape[1:]) != expected:
+        shape = "" if given is None else f", not {given.dtype} of shape {tuple(given.shape)}"
+        raise ValueError(
+            f"the model takes latents of shape (N, {', '.join(map(str, expected))}) as floats, "
+            f"(raw - {spec.shift:g}) x {spec.scaling:g}{shape}"
+        )
+    return normalize_latents(given.float(), spec)
 
 
 def _is_picture(image: Any) -> bool:

@@ -46,6 +46,22 @@ class ImageOptions(DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentOptions(DataOptions):
+    """Labelled images as latents, which `dbdist encode-latents` computed once."""
+
+    name: str = "latents"
+    """Data set: the folder data.root that `dbdist encode-latents` wrote."""
+    flip: bool | None = None
+    """Take the mirrored image's latent with probability 1/2; null: if the folder has them."""
+
+    def check(self) -> None:
+        if self.on_error == "skip":
+            raise ConfigError(
+                "data.on_error: skip replaces pictures; latents have none, leave it out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextOptions(DataOptions):
     """Windows of a text."""
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dbdist.data.images import DatasetSpec
 from dbdist.data.inputs import pixels_of
+from dbdist.data.latents import LatentSpec
 from dbdist.tasks.base import Answer
 
 
@@ -18,7 +19,11 @@ class Classifier:
     """
 
     def __init__(
-        self, spec: DatasetSpec, answer: Answer, device: torch.device, dtype: torch.dtype
+        self,
+        spec: DatasetSpec | LatentSpec,
+        answer: Answer,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.spec, self.device, self.dtype = spec, device, dtype
         self._answer = answer
