@@ -57,6 +57,7 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, help="names all that is random; the run's own")
     parser.add_argument("--guidance", type=float, help="short for --sampler.guidance_scale")
     parser.add_argument("--out", type=Path, help="folder to write; RUN/samples-step-N-seed-S")
+    parser.add_argument("--vae", type=Path, help="autoencoder's folder, to decode latents with")
     given, options = parser.parse_known_args(without_local_rank(argv))
     if given.guidance is not None:
         options += ["--sampler.guidance_scale", str(given.guidance)]
@@ -78,7 +79,7 @@ def run(argv: list[str]) -> None:
     launch = Launch.from_environment()
     layout = layout_for_evaluation(config, launch.world_size)
     with joined(config, layout, launch, facts_of(config), partial(say, PROG)) as topology:
-        files = draw(config, topology, classes, given.num, given.out)
+        files = draw(config, topology, classes, given.num, given.out, given.vae)
     for file in files:
         print(file)
 

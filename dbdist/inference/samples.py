@@ -13,11 +13,14 @@ from torch import Tensor
 from dbdist.build import Setup, build_setup
 from dbdist.config.config import Config
 from dbdist.data.base import Dataset
+from dbdist.data.latents import LatentSpec
+from dbdist.data.vae import decode_latents, load_vae
 from dbdist.errors import ConfigError
 from dbdist.inference.load_models import spec_of_checkpoint
 from dbdist.inference.of_run import blocks_here, checkpoint_of_run
 from dbdist.parallel.topology import Topology
 from dbdist.sampling.evaluation import ModelOfBlock, answers_here
+from dbdist.tasks.pictures import write_pictures
 from dbdist.whole_files import write_whole
 
 SAMPLES = "samples.safetensors"
@@ -30,16 +33,23 @@ def draw(
     classes: tuple[int, ...] | None,
     num: int,
     out: Path | None = None,
+    vae: Path | None = None,
 ) -> list[Path]:
     """Draws samples from a run's checkpoint and writes them; rank 0's files. Collective.
 
-    out: None for a folder in the run's. Raises ConfigError or CheckpointError.
+    out: None for a folder in the run's. vae: folder of the autoencoder that decodes latents. Raises
+    ConfigError or CheckpointError.
     """
     with closing(checkpoint_of_run(config, topology, {})) as checkpoint:
         with topology.agree("reading the checkpoint"):
             setup = build_setup(config, spec_of_checkpoint(config, checkpoint))
             checkpoint.check_fits(setup.describe())
             requests = setup.task.requests(classes, num)
+            if vae is not None and not isinstance(setup.spec, LatentSpec):
+                raise ConfigError(f"--vae decodes latents, but {config.run_dir} makes none")
+            decoder = None
+            if vae is not None and topology.is_coordinator:
+                decoder = load_vae(vae, topology.device)
         name = f"samples-{checkpoint.path.name}-seed-{config.seed}"
         out = Path(config.run_dir) / name if out is None else out
         with topology.agree("taking the folder"):
@@ -51,6 +61,9 @@ def draw(
         if topology.is_coordinator:
             samples = _join(out, num)
             files = [out / SAMPLES, *setup.task.show(samples["samples"], out)]
+            if decoder is not None:
+                decoded = decode_latents(samples["samples"], decoder, setup.spec)
+                files += write_pictures(decoded, out)
     return files
 
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from dbdist.config.options import DataOptions
 from dbdist.data.images import denormalize
-from dbdist.data.pictures import png_of
 from dbdist.errors import ConfigError
 from dbdist.models.base import Model
 from dbdist.models.denoiser import Denoiser
@@ -27,13 +26,10 @@ from dbdist.tasks.base import Answer, Batch, Figures, LoadSplit, Loss, MainFigur
 from dbdist.tasks.features import feature_figures, features_of, prepare_features
 from dbdist.tasks.generator import Generator, Requests, check_guidance, classes_of
 from dbdist.tasks.options import GenerationOptions
-from dbdist.tasks.pictures import grid, is_of_pictures
-from dbdist.whole_files import write_whole
+from dbdist.tasks.pictures import IN_GRID, grid, is_of_pictures, write_pictures
 
 LEVELS_PER_IMAGE = 4
 """Noise levels at which the held-out loss sees each image."""
-IN_PREVIEW = 100
-"""Pictures in the grid."""
 
 
 class Generation(Task):
@@ -128,19 +124,13 @@ class Generation(Task):
         """A grid of up to 100 pictures, uint8 (C, H, W); None of latents."""
         if not is_of_pictures(self.spec) or len(answers) == 0:
             return None
-        return grid(denormalize(answers[:IN_PREVIEW].float(), self.spec)).cpu()
+        return grid(denormalize(answers[:IN_GRID].float(), self.spec)).cpu()
 
     def show(self, answers: Float[Tensor, "n c s s"], folder: Path) -> list[Path]:
         """A grid of the first 100, and every picture by itself; nothing of latents."""
-        preview = self.preview(answers)
-        if preview is None:
+        if not is_of_pictures(self.spec) or len(answers) == 0:
             return []
-        pictures = [preview, *denormalize(answers.float(), self.spec)]
-        names = ["samples", *(f"sample-{i:05}" for i in range(len(answers)))]
-        files = [folder / f"{name}.png" for name in names]
-        for file, picture in zip(files, pictures, strict=True):
-            write_whole(file, png_of(picture))
-        return files
+        return write_pictures(denormalize(answers.float(), self.spec), folder)
 
     def loaded(self, answer: Answer, device: torch.device, dtype: torch.dtype) -> Generator:
         return Generator(self.spec, answer, device, self.partition, self.options.condition_dropout)
