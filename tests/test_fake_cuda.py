@@ -10,6 +10,7 @@ import pytest
 import torch
 from ranks import config_of, setup_of
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dbdist.config import registry
 from dbdist.data.sources import load_dataset
@@ -19,6 +20,12 @@ from dbdist.sampling.sampler import Rows, build_sampler
 from dbdist.tasks.base import Draws, draws_of_step
 
 NUM_SAMPLES = 6
+SMALL_DIT = (
+    "model.num_blocks=3",
+    "model.num_layers=3",
+    "task.features=none",
+    "sampler.num_steps=4",
+)
 CASES = {
     "classification": (
         ("model.num_blocks=3",),
@@ -31,7 +38,21 @@ CASES = {
             "sampler.label_table=raw",
         ),
         ("mode=end_to_end",),
-    )
+    ),
+    "generation": (
+        (*SMALL_DIT, "task.condition_dropout=0.5"),
+        (*SMALL_DIT, "sampler.guidance_scale=2", "sampler.method=heun", "mode=end_to_end"),
+    ),
+    "masked_text": (
+        ("model.num_blocks=3", "model.num_layers=3", "sampler.num_steps=4"),
+        (
+            "model.num_layers=3",
+            "model.level=adaln",
+            "model.mlp=swiglu",
+            "noise.schedule=cosine",
+            "sampler.num_steps=4",
+        ),
+    ),
 }
 """Options of a task whose code takes another way."""
 
@@ -52,7 +73,8 @@ class OnFakeGpu:
         self.setup = setup_of(self.config)
         self.task, self.process = self.setup.task, self.setup.process
         self.sampler = build_sampler(self.setup)
-        self.mode = FakeTensorMode()
+        # As many as there are: what is filled in depends on values.
+        self.mode = FakeTensorMode(shape_env=ShapeEnv(allow_dynamic_output_shape_ops=True))
         with self.mode, torch.device("cuda"):
             self.shared = self.setup.model.build_shared()
         dataset = load_dataset(self.config.data, "train")
