@@ -29,7 +29,8 @@ NUM_FEATURES = 256
 """Sinusoids of the level."""
 LEVEL_SCALE = 1000.0
 """Levels are shares of 1, for which the sinusoids are too slow; as MD4 (2406.04329)."""
-EMBEDDING_STD = 0.02
+EMBEDDING_STD = 1.0
+"""Of the size of what layers add; 0.02 learns slower (0.15 to 0.25 bits behind after 500 steps)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +228,7 @@ class TextModel:
     def weights(self, module: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
         """(name, value in host memory) of each parameter, fixed by the seed and the name.
 
-        Norms are the identity; biases, AdaLN and the head are zero; embeddings are N(0, 0.02);
+        Norms are the identity; biases, AdaLN and the head are zero; embeddings are N(0, 1);
         other weights have deviation 1 / sqrt(inputs), truncated at two of these.
         """
         modules = dict(module.named_modules())

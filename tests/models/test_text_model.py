@@ -300,6 +300,7 @@ def test_norms_start_as_the_identity_and_adaln_head_and_biases_at_zero() -> None
 def test_initial_weights_keep_the_variance_of_their_inputs(kind: dict[str, Any]) -> None:
     shared, block = built(model_of(hidden_size=192, condition_size=96, **kind), range(1))
     checked = 0
+    assert shared.symbols.weight.std().item() == pytest.approx(1, rel=0.1)
     for module in (shared, block):
         for name, part in module.named_modules():
             if isinstance(part, nn.Linear) and part.weight.any():
