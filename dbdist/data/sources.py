@@ -1,7 +1,8 @@
 """A configured data set, by its registered name: its spec, its samples, its files.
 
 The code behind a name has four functions: `dataset_spec(options)`, `load_dataset(options, split)`,
-`prepare(options)` and `spec_from(values)`.
+`prepare(options)` and `spec_from(values)`. It may have a fifth, `located(spec, options)`: a spec
+that a checkpoint kept, with the places of files in it, which are no part of its identity.
 """
 
 from typing import Any, Literal
@@ -14,6 +15,13 @@ from dbdist.data.base import Dataset
 def dataset_spec(options: DataOptions) -> Any:
     """What a model must know of the data set, without reading its samples. Raises DataError."""
     return _code(options).dataset_spec(options)
+
+
+def stored_spec(values: dict[str, Any], options: DataOptions) -> Any:
+    """The spec that a checkpoint kept of the data set, for these options."""
+    code = _code(options)
+    spec = code.spec_from(values)
+    return code.located(spec, options) if hasattr(code, "located") else spec
 
 
 def load_dataset(options: DataOptions, split: Literal["train", "test"]) -> Dataset:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -153,6 +153,11 @@ def spec_from(values: dict[str, Any]) -> TextSpec:
     if given.get("tokenizer") is not None:
         given["tokenizer"] = TokenizerId(**given["tokenizer"])
     return TextSpec(**given)
+
+
+def located(spec: TextSpec, options: TextOptions) -> TextSpec:
+    """The spec that a checkpoint kept, with the place of its tokenizer."""
+    return replace(spec, tokenizer_file=options.tokenizer if spec.tokenizer else None)
 
 
 def dataset_spec(options: TextOptions) -> TextSpec:

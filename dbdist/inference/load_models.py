@@ -9,9 +9,8 @@ from dbdist.build import Setup
 from dbdist.checkpoint.manifest import Checkpoint
 from dbdist.checkpoint.names import SHARED, block_file, ema_file, split_private
 from dbdist.checkpoint.weights import fill, in_precision_of
-from dbdist.config import registry
 from dbdist.config.config import Config
-from dbdist.data.sources import dataset_spec
+from dbdist.data.sources import dataset_spec, stored_spec
 from dbdist.models.denoiser import Denoiser
 
 
@@ -35,7 +34,7 @@ def spec_of_checkpoint(config: Config, checkpoint: Checkpoint) -> Any:
     """
     stored = checkpoint.manifest.get("data", {})
     if "spec" in stored:
-        return registry.find("data", config.data.name).load().spec_from(stored["spec"])
+        return stored_spec(stored["spec"], config.data)
     return dataset_spec(config.data)
 
 

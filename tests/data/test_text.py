@@ -21,7 +21,7 @@ from dbdist.data import text_files
 from dbdist.data.found import describe_found, identity_of
 from dbdist.data.loader import BatchStream
 from dbdist.data.options import TextOptions
-from dbdist.data.sources import dataset_spec, load_dataset, prepare
+from dbdist.data.sources import dataset_spec, load_dataset, prepare, stored_spec
 from dbdist.data.text import TextDataset, TextSpec, spec_from
 from dbdist.data.text_files import text8_form
 from dbdist.errors import ConfigError, DataError
@@ -579,3 +579,13 @@ def test_options_that_do_not_go_together_are_refused(values: Any, expected: str)
     with pytest.raises(ConfigError, match=expected):
         TextOptions(**values).check()
     TextOptions().check()
+
+
+def test_a_spec_that_was_kept_knows_where_its_tokenizer_is_now(tmp_path):
+    root = write(tmp_path / "prose.txt", PROSE * 3)
+    tokenizer = sentencepiece_file(tmp_path / "kept.model")
+    data = TextOptions(name="text", root=str(root), length=8, tokenizer=str(tokenizer))
+    kept = json.loads(json.dumps(dataset_spec(data).identity()))
+    with pytest.raises(DataError, match="needs its tokenizer"):
+        spec_from(kept).decode([5])
+    assert stored_spec(kept, data).decode([5]) == dataset_spec(data).decode([5])
