@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from dbdist import seeds
 from dbdist.errors import ConfigError
+from dbdist.models.layers import MAX_PERIOD, Attention, modulate, timestep_features
 from dbdist.models.options import DiTOptions
 from dbdist.processes.base import Combine
 from dbdist.tensors import named_tensors
 
 LAYER_NORM_EPS = 1e-6
 NUM_FREQUENCIES = 256
-MAX_PERIOD = 10_000.0
 MLP_RATIO = 4
 LEVEL_STD = 0.02
 """Of the weights that embed the level, at the start."""
@@ -64,7 +64,7 @@ def modulated(
 ) -> Float[Tensor, "n t d"]:
     """LayerNorm without weights of its own, then scaled and shifted by the condition."""
     normed = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
-    return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return modulate(normed, shift, scale)
 
 
 class AdaLN(nn.Module):
@@ -77,23 +77,6 @@ class AdaLN(nn.Module):
 
     def forward(self, c: Float[Tensor, "n d"]) -> tuple[Tensor, ...]:
         return self.linear(F.silu(c)).chunk(self.num_chunks, dim=-1)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over all patches."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
-        q_NHTK, k_NHTK, v_NHTK = (
-            self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )
-        y_NHTK = F.scaled_dot_product_attention(q_NHTK, k_NHTK, v_NHTK)
-        return self.out(y_NHTK.transpose(1, 2).flatten(2))
 
 
 class DiTLayer(nn.Module):
@@ -144,11 +127,8 @@ class DiTShared(nn.Module):
 
     def embed_level(self, level_N: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """An MLP on 256 sinusoids of level_scale times the level, cosines first."""
-        half = NUM_FREQUENCIES // 2
-        exponent = torch.arange(half, device=level_N.device, dtype=level_N.dtype) / half
-        frequency = torch.exp(-math.log(MAX_PERIOD) * exponent)
-        angle = self.config.level_scale * level_N.unsqueeze(-1) * frequency
-        sinusoids = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        scaled_N = self.config.level_scale * level_N
+        sinusoids = timestep_features(scaled_N, NUM_FREQUENCIES)
         return self.level_mlp_out(F.silu(self.level_mlp_in(sinusoids)))
 
     def output(

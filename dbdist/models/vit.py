@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dbdist import seeds
 from dbdist.errors import ConfigError
-from dbdist.models.layers import fan_in_normal, timestep_features
+from dbdist.models.layers import Attention, fan_in_normal, timestep_features
 from dbdist.models.options import ViTOptions
 from dbdist.processes.base import Combine
 
@@ -76,25 +76,6 @@ class AdaLN(nn.Module):
         return F.silu(self.linear(condition_NE)).chunk(self.num_chunks, dim=-1)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with a joint projection to queries, keys and values."""
-
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.dropout = config.attention_dropout
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
-        q_NHTK, k_NHTK, v_NHTK = (
-            self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )
-        dropout = self.dropout if self.training else 0.0
-        y_NHTK = F.scaled_dot_product_attention(q_NHTK, k_NHTK, v_NHTK, dropout_p=dropout)
-        return self.out(y_NHTK.transpose(1, 2).flatten(2))
-
-
 class Layer(nn.Module):
     """A pre-norm transformer layer.
 
@@ -105,7 +86,7 @@ class Layer(nn.Module):
         super().__init__()
         d = config.hidden_size
         self.norm1 = nn.LayerNorm(d, eps=LAYER_NORM_EPS)
-        self.attention = Attention(config)
+        self.attention = Attention(d, config.num_heads, config.attention_dropout)
         self.norm2 = nn.LayerNorm(d, eps=LAYER_NORM_EPS)
         self.mlp_in = nn.Linear(d, config.mlp_size)
         self.mlp_out = nn.Linear(config.mlp_size, d)

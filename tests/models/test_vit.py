@@ -10,6 +10,7 @@ from vits import CPU, block_of, randomize, shared_of
 from dbdist.errors import ConfigError
 from dbdist.models import vit
 from dbdist.models.denoiser import Denoiser
+from dbdist.models.layers import Attention
 from dbdist.processes.direct import Direct
 
 
@@ -80,7 +81,7 @@ def weights_of(module):
 
 
 def test_attention_is_softmax_of_scaled_products(float64):
-    attention = randomize(vit.Attention(sizes()))
+    attention = randomize(Attention(24, 3))
     x = randn(2, 5, 24)
     weights = {f"a.{k}": v for k, v in weights_of(attention).items()}
     torch.testing.assert_close(attention(x), attend(x, weights, "a", 3), rtol=1e-11, atol=1e-12)
@@ -294,7 +295,7 @@ def test_dropout_acts_in_training_only():
 
 @pytest.mark.parametrize("rate", [0.25, 0.75])
 def test_attention_dropout_drops_attention_weights_at_its_rate(rate):
-    attention = randomize(vit.Attention(sizes(attention_dropout=rate, num_heads=1)))
+    attention = randomize(Attention(24, 1, rate))
     with torch.no_grad():  # all tokens attend alike and v is 1: what is left is the share kept
         attention.qkv.weight.zero_()
         attention.qkv.bias.copy_(torch.cat([torch.zeros(48), torch.ones(24)]))
