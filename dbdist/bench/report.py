@@ -88,6 +88,7 @@ def steps_table(steps: Sequence[dict[str, Any]]) -> str:
     """One row a measurement."""
     head = [
         "",
+        "data",
         "mode",
         "precision",
         "batch",
@@ -97,11 +98,14 @@ def steps_table(steps: Sequence[dict[str, Any]]) -> str:
         "p90",
         "samples/s",
         "peak MiB",
+        "TFLOP/s",
+        "of peak",
     ]
     rows = []
     for number, s in enumerate(steps, 1):
         words = [
             str(number),
+            str(s.get("config", "")),
             s["mode"],
             s["precision"],
             str(s["batch_size"]),
@@ -109,7 +113,9 @@ def steps_table(steps: Sequence[dict[str, Any]]) -> str:
         ]
         times = [f"{s[key]:.2f}" for key in ("step_ms", "step_ms_p10", "step_ms_p90")]
         phases = [f"{s['ms'][phase]:.2f}" for phase in PHASES]
-        rows.append([*words, *times, f"{s['samples_per_s']:.0f}", f"{s['peak_mb']:.0f}", *phases])
+        share = s.get("share_of_peak")
+        rates = [f"{s['samples_per_s']:.0f}", f"{s['peak_mb']:.0f}", f"{s.get('tflops', 0):.1f}"]
+        rows.append([*words, *times, *rates, f"{share:.1%}" if share else "", *phases])
     return table([*head, *PHASES], rows)
 
 

@@ -3,9 +3,10 @@
     python -m dbdist.bench.step --config configs/cifar100.yaml
 
 One process trains one block (`--block`; it sends nothing to other ranks) with the configuration's
-own loader. Whole steps are timed first; then, in further steps, their phases, each of which waits
-for the GPU. Without the dataset's files, random images of the same form take their place, which the
-result says. Prints a table and one line of JSON for each `--variant`.
+own loader. A step's matrix products are counted, and whole steps are timed; then, in further steps,
+their phases, each of which waits for the GPU. Without the dataset's files, random samples of the
+same form take their place, which the result says. Prints a table and one line of JSON for each
+`--variant`.
 """
 
 import dataclasses
@@ -21,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dbdist.bench.environment import environment
 from dbdist.build import build_setup
 from dbdist.commands.command_line import OneLineParser, guarded
+from dbdist.config import registry
 from dbdist.config.config import Config
 from dbdist.config.parse import parse_config
 from dbdist.data.base import Dataset
-from dbdist.data.images import random_images
-from dbdist.data.options import ImageOptions
-from dbdist.data.sources import dataset_spec, load_dataset
+from dbdist.data.sources import load_dataset
 from dbdist.errors import DataError
 from dbdist.monitor.ownership import peak_memory_mb
 from dbdist.parallel.layout import Layout
@@ -39,6 +40,12 @@ from dbdist.training.trainer import Trainer
 
 COMPUTE = ("forward", "backward", "optimizer")
 PHASES = ("load", "noise", *COMPUTE, "sync")
+PEAK_TFLOPS = {
+    "H200": {"fp32": 66.9, "bf16": 989.4},
+    "H100": {"fp32": 66.9, "bf16": 989.4},
+    "A100": {"fp32": 19.5, "bf16": 312.0},
+}
+"""Dense matrix products, by the card's maker; fp32 without TF32."""
 MOST_PHASE_STEPS = 10
 """Steps whose phases are timed, after those that are timed whole."""
 
@@ -102,6 +109,10 @@ def show(result: dict[str, Any], variant: str) -> None:
     p10, median, p90 = (result[key] for key in ("step_ms_p10", "step_ms", "step_ms_p90"))
     print(f"{'step':<10}{median:>10.2f} ms (p10 {p10:.2f}, p90 {p90:.2f}), ", end="")
     print(f"of its phases compute {result['compute_share']:.1%}")
+    share = result["share_of_peak"]
+    print(
+        f"{result['tflops']:.3g} TFLOP/s" + (f", {share:.1%} of the card's peak" if share else "")
+    )
 
 
 def measure(
@@ -116,6 +127,9 @@ def measure(
     try:
         for step in range(warmup):
             trainer.train_step(step)
+        with FlopCounterMode(display=False) as counter:
+            trainer.train_step(warmup)
+        warmup += 1
         walls = timed_steps(trainer, range(warmup, warmup + steps))
         peak = peak_memory_mb(device)
         trainer.phase_ms = dict.fromkeys(PHASES, 0.0)
@@ -138,10 +152,23 @@ def measure(
         "share": {phase: value / whole for phase, value in ms.items()},
         "compute_share": sum(ms[phase] for phase in COMPUTE) / whole,
         "samples_per_s": config.train.batch_size / median * 1e3,
+        "tflops": counter.get_total_flops() / median / 1e9,
+        "share_of_peak": share_of_peak(
+            device, config.train.precision, counter.get_total_flops() / median * 1e3
+        ),
         "peak_mb": peak,
         "num_workers": config.data.num_workers,
         "threads": torch.get_num_threads(),
     }
+
+
+def share_of_peak(device: torch.device, precision: str, flops_per_s: float) -> float | None:
+    """Of what the card's tensor cores (bf16) or its other cores (fp32) can do; None if unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = (peaks for card, peaks in PEAK_TFLOPS.items() if card in name)
+    return next((flops_per_s / (1e12 * peaks[precision]) for peaks in known), None)
 
 
 def timed_steps(trainer: Trainer, steps: range) -> list[float]:
@@ -163,16 +190,16 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 @contextmanager
 def prepared(config: Config) -> Iterator[tuple[Config, Dataset, str]]:
-    """(the configuration with a run_dir that goes away, images to train on, whose they are)."""
+    """(the configuration with a run_dir that goes away, samples to train on, whose they are)."""
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(config, run_dir=f"{folder}/run")
         try:
             train_set, images = load_dataset(config.data, "train"), "the dataset's"
         except DataError:
-            if not isinstance(config.data, ImageOptions) or config.data.name == "image_folder":
+            code = registry.find("data", config.data.name).load()
+            if not hasattr(code, "random_samples"):
                 raise
-            spec = dataset_spec(config.data)
-            train_set, images = random_images(spec, 2048, config.data.augment), "random"
+            train_set, images = code.random_samples(config.data, 2048), "random"
         yield config, train_set, images
 
 

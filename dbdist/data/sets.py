@@ -6,7 +6,13 @@ from typing import Any, Literal
 from dbdist.data.cifar import read_cifar
 from dbdist.data.files import prepare, require
 from dbdist.data.folders import class_folders, find_pictures
-from dbdist.data.images import DatasetSpec, ImageDataset, ImageFiles, ImagesInMemory
+from dbdist.data.images import (
+    DatasetSpec,
+    ImageDataset,
+    ImageFiles,
+    ImagesInMemory,
+    random_images,
+)
 from dbdist.data.options import ImageOptions
 from dbdist.data.paths import shown
 from dbdist.data.small_sets import TABLES, read_table
@@ -92,3 +98,8 @@ def load_dataset(config: ImageOptions, split: Split) -> ImageDataset:
     return ImageFiles(
         spec, root, found.files, found.labels, augment, config.on_error, found.remarks()
     )
+
+
+def random_samples(config: ImageOptions, num: int) -> ImageDataset:
+    """Random images of the configured set's form, for measurements without its files."""
+    return random_images(dataset_spec(config), num, config.augment)

@@ -184,6 +184,14 @@ def load_dataset(options: TextOptions, split: Literal["train", "test"]) -> TextD
     return TextDataset(spec, ids, augments=augments, remarks=remarks)
 
 
+def random_samples(options: TextOptions, num: int) -> TextDataset:
+    """Windows of random symbols, for measurements without the text's file."""
+    spec = dataset_spec(options)
+    random = np.random.default_rng(0)
+    ids = random.integers(spec.vocabulary_size, size=num * spec.length, dtype=np.int32)
+    return TextDataset(spec, ids, augments=options.random_offset)
+
+
 def prepare(options: TextOptions) -> None:
     """Makes sure that the text is there, and turns a long one into files of ids.
 

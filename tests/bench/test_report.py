@@ -9,6 +9,7 @@ STEP = {
     **{"step_ms": 30.0, "step_ms_p10": 29.0, "step_ms_p90": 33.5, "samples_per_s": 4266.7},
     "ms": {p: 1.0 for p in ("load", "noise", "forward", "backward", "optimizer", "sync")},
     **{"peak_mb": 741.0, "command": "python -m dbdist.bench.step", "device": "NVIDIA H200"},
+    **{"config": "cifar100", "tflops": 1.5, "share_of_peak": 0.0015},
     **{"driver": "580.1", "torch": "2.11.0", "commit": "abc1234", "date": "2026-11-28"},
 }
 
@@ -27,7 +28,8 @@ def test_what_was_cut_off_is_left_out_and_earlier_files_stay(tmp_path):
     stems = "gpu_h200_202611", "gpu_h200_202611-2"
     assert names == {f"{stem}.{kind}" for stem in stems for kind in ("json", "md")}
     page = (tmp_path / "out/gpu_h200_202611.md").read_text()
-    assert page.count("| 1 | block_parallel | bf16 | 128 | 4 | 30.00 | 29.00 | 33.50 | 4267 |") == 1
+    row = "| 1 | cifar100 | block_parallel | bf16 | 128 | 4 | 30.00 | 29.00 | 33.50 | 4267 | 741 | "
+    assert page.count(f"{row}1.5 | 0.2% |") == 1
     assert "driver 580.1, torch 2.11.0, commit abc1234" in page
     content = json.loads((tmp_path / "out/gpu_h200_202611.json").read_text())
     assert content["steps"] == [STEP]
