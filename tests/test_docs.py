@@ -58,7 +58,7 @@ def check(words):
                 ranks = config.num_blocks * config.parallel.replicas
                 assert int(own.nproc_per_node) == ranks
             else:
-                assert command in ("dbdist.train", "dbdist.evaluate")
+                assert command in ("dbdist.train", "dbdist.evaluate", "dbdist.commands.sample")
         case ["dbdist", "train", *rest] if "--help" not in rest:
             config_of("--config", rest)
         case ["dbdist", "evaluate", *rest]:

@@ -115,7 +115,9 @@ def test_a_second_signal_ends_at_once_even_where_the_first_finds_nobody(machine)
     ranks[1].send_signal(signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("sync", "stuck"), [("step", 1), ("never", 0)])
+@pytest.mark.parametrize(
+    ("sync", "stuck"), [("step", 1), pytest.param("never", 0, marks=pytest.mark.slow)]
+)
 def test_a_stopped_rank_is_named_by_every_other_within_the_timeout(machine, timeout_s, sync, stuck):
     """stuck 0 holds the store: nothing answers any more."""
     run_dir = machine.folder / f"stuck-{sync}-{stuck}"
@@ -141,6 +143,7 @@ def test_a_stopped_rank_is_named_by_every_other_within_the_timeout(machine, time
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_torchrun_is_left_without_processes_and_ports_after_a_hang(machine, timeout_s):
     run_dir = machine.folder / "hang"
     words = (*ENDLESS, "--parallel.timeout_s", timeout_s, "--data.num_workers", 1)

@@ -38,7 +38,6 @@ COUNTS = {
     "after a line of metrics": 3,
 }
 """How often a moment comes before it is the one, where that is not once."""
-SHORT = ("before a file is whole", "in a broadcast", "after the manifest", "a record posted")
 
 
 @dataclass
@@ -51,14 +50,10 @@ class FromOutside:
     after_s: float
 
 
-def plan_of(seed, is_short):
-    """The faults of each attempt: every moment once, and thrice from outside.
-
-    short: four moments, and once from outside.
-    """
+def plan_of(seed):
+    """The faults of each attempt: every moment once, and thrice from outside."""
     draw = random.Random(seed)
-    moments = SHORT if is_short else [moment for moment in MOMENTS if moment != "a step"]
-    order = [*moments, *[None] * (1 if is_short else 3)]
+    order = [*(moment for moment in MOMENTS if moment != "a step"), None, None, None]
     draw.shuffle(order)
     plan, from_outside = [], {}
     for attempt, moment in enumerate(order):
@@ -105,16 +100,14 @@ def untouched(machine):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("num_kills", [6, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_that_loses_ranks_leaves_what_an_untouched_one_leaves(
-    machine, untouched, tmp_path, num_kills
-):
-    run_dir, is_short = tmp_path / "run", num_kills == 6
-    plan, from_outside = plan_of(seed=0, is_short=is_short)
-    assert len(plan) + 2 * len(from_outside) == num_kills
+@pytest.mark.slow
+def test_a_run_that_loses_ranks_leaves_what_an_untouched_one_leaves(machine, untouched, tmp_path):
+    run_dir = tmp_path / "run"
+    plan, from_outside = plan_of(seed=0)
+    assert len(plan) + 2 * len(from_outside) == 20
     starts = len(plan) + len(from_outside)
     words = (*WORDS, "--run_dir", run_dir)
-    job = machine.failing(3, plan, *words, restarts=starts, is_new=not is_short)
+    job = machine.failing(3, plan, *words, restarts=starts, is_new=True)
     seen = kill_from_outside(job, from_outside, run_dir)
     printed = machine.finish(job)
     assert seen == (2 * len(from_outside), starts), printed

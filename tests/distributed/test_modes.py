@@ -97,6 +97,7 @@ def test_the_learning_rate_warms_up_then_follows_half_a_cosine(tmp_path):
     assert lr(7) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_block_step_of_the_cifar100_shape_is_forward_backward_and_optimizer():
     """At least 95 % of its time, with the configuration's own augmentation in one worker."""
     words = ["--config", "configs/cifar100.yaml", "--data.num_workers=1"]

@@ -42,7 +42,7 @@ SETUPS = {
     "fsdp": (4, (*BLOCK, "parallel.replica_engine=fsdp")),
 }
 """Ranks and options of everything that shares the work in its own way."""
-FAST = [("points", "sharded"), ("points", "fsdp"), ("masked_text", "dedicated")]
+FAST = [("points", "sharded"), ("points", "fsdp")]
 STEPS = 8
 
 
@@ -137,7 +137,7 @@ def answers_of_export_are_the_chains(ranks, name, setup, run_dir, tmp_path, valu
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "points" else []) for n in TASKS]
+    "name", [pytest.param(n, marks=[] if n == "masked_text" else pytest.mark.slow) for n in TASKS]
 )
 def test_blocks_that_train_by_themselves_and_are_merged_are_the_joint_run(ranks, tmp_path, name):
     private = ("parallel.sync=never",)
