@@ -163,7 +163,7 @@ def reference(ranks, tmp_path_factory):
 
     def of(task):
         if task not in found:
-            words = options(folder / task, "cpu", *ONE_BLOCK, f"task.name={task}")
+            words = options_of_task(folder / task, "cpu", task)
             found[task] = ranks.run(1, train_by_itself, words)[0]
         return found[task]
 
@@ -171,6 +171,16 @@ def reference(ranks, tmp_path_factory):
 
 
 ONE_BLOCK = ("model.num_blocks=1", "train.max_steps=8")
+OF_TASK = {
+    "generation": ("data.image_size=4", "task.features=none", "sampler.num_steps=4"),
+    "masked_text": ("data.name=text", f"data.root={ROOT / 'README.md'}", "data.length=16"),
+}
+"""What a task is tested on, where that is not its defaults."""
+
+
+def options_of_task(run_dir, device, task):
+    more = (f"task.name={task}", *OF_TASK.get(task, ()))
+    return options(run_dir, device, *ONE_BLOCK, *more)
 
 
 def train_by_itself(rank, options):
@@ -188,7 +198,7 @@ def train_by_itself(rank, options):
 def test_every_task_and_engine_trains_over_nccl_as_on_the_cpu(
     ranks, reference, tmp_path, task, engine
 ):
-    words = options(tmp_path, DEVICE, *ONE_BLOCK, f"task.name={task}")
+    words = options_of_task(tmp_path, DEVICE, task)
     words.append(f"parallel.replica_engine={engine}")
     losses, figures, devices, _ = ranks.run(1, train_over_nccl, words, timeout_s=60)[0]
     expected, expected_figures = reference(task)
