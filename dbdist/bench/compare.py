@@ -70,7 +70,7 @@ def run(argv: list[str]) -> None:
         "--runs", default="runs/compare", help="folder of the runs (default: %(default)s)"
     )
     given, overrides = parser.parse_known_args(argv)
-    if given.equal_time and given.arms[0] != "blocks":
+    if given.equal_time and (given.arms[0] != "blocks" or len(given.arms) < 2):
         raise ConfigError("--equal-time needs --arms blocks … first, whose time the others get")
     arms = [arm for file in given.configs for arm in arms_of(file, given.arms, overrides)]
     results: list[dict[str, Any]] = []
@@ -119,7 +119,7 @@ def results_of(
         return
     stem = arm.name.rpartition(" ")[0]
     (budget,) = (r for r in before if r["name"] == f"{stem} blocks" and r["seed"] == seed)
-    ratio = budget["time_s"] / result["time_s"]
+    ratio = budget["train_s"] / result["train_s"]
     if abs(ratio - 1) < SAME_TIME:
         return
     steps = max(1, round(result["steps"] * ratio))
@@ -148,7 +148,7 @@ def train_once(arm: Arm, seed: int, runs: Path, overrides: Sequence[str]) -> dic
         errors = [line for line in done.stderr.splitlines() if "error:" in line]
         raise UserError(f"{' '.join(command)} failed: {(errors or done.stderr.splitlines())[-1]}")
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
-    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     main = main_figure(config)
     return {
         "name": arm.name,
@@ -158,8 +158,21 @@ def train_once(arm: Arm, seed: int, runs: Path, overrides: Sequence[str]) -> dic
         "main": main,
         "after_block": evaluation.get(f"{main}_after_block") or [],
         "figures": evaluation,
-        "time_s": last["time_s"],
+        "time_s": lines[-1]["time_s"],
+        "train_s": training_seconds(lines),
     }
+
+
+def training_seconds(lines: Sequence[dict[str, Any]]) -> float:
+    """Seconds of the steps alone, of the block that took longest; no evaluation, no start."""
+    seconds: dict[str, float] = {}
+    before = 0
+    for line in lines:
+        for key, value in line.items():
+            if key.startswith("perf/step_ms/"):
+                seconds[key] = seconds.get(key, 0.0) + value / 1e3 * (line["step"] - before)
+        before = line["step"]
+    return max(seconds.values())
 
 
 def main_figure(config: Config) -> str:

@@ -157,7 +157,8 @@ def spec_from(values: dict[str, Any]) -> TextSpec:
 
 def located(spec: TextSpec, options: TextOptions) -> TextSpec:
     """The spec that a checkpoint kept, with the place of its tokenizer."""
-    return replace(spec, tokenizer_file=options.tokenizer if spec.tokenizer else None)
+    file = os.path.abspath(options.tokenizer) if spec.tokenizer else None
+    return replace(spec, tokenizer_file=file)
 
 
 def dataset_spec(options: TextOptions) -> TextSpec:
@@ -223,7 +224,7 @@ def _spec(options: TextOptions, tokenizer: Tokenizer) -> TextSpec:
         unit=tokenizer.unit,
         symbols=tokenizer.symbols,
         tokenizer=tokenizer.identity,
-        tokenizer_file=options.tokenizer if tokenizer.identity else None,
+        tokenizer_file=os.path.abspath(options.tokenizer) if tokenizer.identity else None,
     )
 
 

@@ -70,8 +70,7 @@ def _evaluate(setup: Setup, topology: Topology, checkpoint: Checkpoint) -> Evalu
             setup.task.prepare(
                 lambda split: test_set if split == "test" else load_dataset(config.data, split)
             )
-    with topology.agree():
-        check_figures(setup.task, config.num_blocks)
+    check_figures(setup.task, config.num_blocks, topology)
     blocks = blocks_here(setup, topology, checkpoint)
     evaluation = evaluate(setup, topology, test_set, blocks, checkpoint.step)
     if topology.is_coordinator:

@@ -245,16 +245,22 @@ def check_test_set(config: Config, dataset: Dataset) -> None:
         )
 
 
-def check_figures(task: Task, num_blocks: int) -> None:
-    """Raises ConfigError where the task's figures do not give its main figure."""
+def check_figures(task: Task, num_blocks: int, topology: Topology) -> None:
+    """Makes sure that the task's figures give its main figure, and add up over ranks. Collective.
+
+    Raises ConfigError or TopologyError.
+    """
     names: list[str] = []
-    for figure in task.figures():
-        names += figure.result(torch.ones(num_blocks, figure.size, dtype=torch.float64))
-    if task.main.name not in names:
-        raise ConfigError(
-            f"the main figure of {type(task).__name__} is {task.main.name}, but its figures give "
-            f"{', '.join(names) or 'none'}"
-        )
+    with topology.agree("reading the figures"):
+        figures = task.figures()
+        for figure in figures:
+            names += figure.result(torch.ones(num_blocks, figure.size, dtype=torch.float64))
+        if task.main.name not in names:
+            raise ConfigError(
+                f"the main figure of {type(task).__name__} is {task.main.name}, but its figures "
+                f"give {', '.join(names) or 'none'}"
+            )
+    topology.check_agreement({"the figures": "; ".join(figure.identity() for figure in figures)})
 
 
 def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:

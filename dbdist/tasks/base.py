@@ -64,6 +64,10 @@ class Figures(ABC):
     def result(self, totals: Float[Tensor, "blocks size"]) -> dict[str, Any]:
         """Key of evaluation.json -> number, or list of numbers with one a block."""
 
+    def identity(self) -> str:
+        """What all ranks must have in common for their sums to add up."""
+        return f"{type(self).__name__} of {self.size} numbers"
+
     def checked(self, scores: Tensor) -> Float[Tensor, " size"]:
         """The scores, on the CPU. Raises ConfigError where they are not `size` numbers."""
         if scores.shape != (self.size,):

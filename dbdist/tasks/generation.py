@@ -23,7 +23,7 @@ from dbdist.models.denoiser import Denoiser
 from dbdist.processes.base import Process, per_sample
 from dbdist.processes.partition import Partition
 from dbdist.tasks.base import Answer, Batch, Figures, LoadSplit, Loss, MainFigure, Task
-from dbdist.tasks.features import feature_figures, features_of, prepare_features
+from dbdist.tasks.features import feature_figures, prepare_features
 from dbdist.tasks.generator import Generator, Requests, check_guidance, classes_of
 from dbdist.tasks.options import GenerationOptions
 from dbdist.tasks.pictures import IN_GRID, grid, is_of_pictures, write_pictures
@@ -43,11 +43,14 @@ class Generation(Task):
         spec: Any,
         partition: Partition,
         data: DataOptions | None = None,
+        device: str = "cpu",
     ) -> None:
         """spec: of the data set, with channels, image_size and num_classes.
 
         data: the set whose images the generated ones are compared with; None: no comparison.
+        device: "cpu", or what networks that look at pictures may use.
         """
+        self._device = device
         self.options, self.spec, self.partition = options, spec, partition
         self._data = data if is_of_pictures(spec) and options.features != "none" else None
         self.state_shape = (spec.channels, spec.image_size, spec.image_size)
@@ -59,8 +62,12 @@ class Generation(Task):
                 f"task.name: generation takes Gaussian noise away, which noise.name: "
                 f"{config.noise.name} does not add; use noise.name: gaussian"
             )
-        features_of(config.task, config.data, spec)  # refuses what cannot be had
-        task = cls(config.task, spec, process.partition, config.data)
+        if config.task.features in ("small", "inception") and not is_of_pictures(spec):
+            raise ConfigError(
+                f"task.features: {config.task.features} looks at pictures, which {spec.name} are "
+                "not; leave it out"
+            )
+        task = cls(config.task, spec, process.partition, config.data, config.device)
         if getattr(model, "image_shape", None) != task.state_shape:
             raise ConfigError(
                 f"task.name: generation needs a model that denoises images, which model.name: "
@@ -106,7 +113,8 @@ class Generation(Task):
 
     def prepare(self, load: LoadSplit) -> None:
         if self._data is not None:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            has_gpu = self._device != "cpu" and torch.cuda.is_available()
+            device = torch.device("cuda" if has_gpu else "cpu")
             prepare_features(self.options, self._data, load("train"), device)
 
     def figures(self) -> list[Figures]:

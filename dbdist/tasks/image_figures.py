@@ -54,6 +54,10 @@ class FeatureFigures(Figures):
         num_sums = num_moments(self.num_features, self.order)
         self.parts = [5, 2 if self.order == 3 else 5, num_sums, num_sums]
         self.size = sum(self.parts)
+        self._digest = digest
+
+    def identity(self) -> str:
+        return f"{super().identity()}, networks {self._digest}"
 
     def add(self, answer: Float[Tensor, "n c s s"], batch: Batch) -> Float[Tensor, " size"]:
         made, real = self.extractor(answer), self.extractor(batch["image"])

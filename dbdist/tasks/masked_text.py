@@ -25,6 +25,7 @@ from dbdist.models.base import Model
 from dbdist.models.denoiser import Denoiser
 from dbdist.processes.base import Process
 from dbdist.processes.masking import Masking, masked_count
+from dbdist.processes.partition import Partition
 from dbdist.tasks.base import Answer, Batch, Condition, Figures, Loss, MainFigure, Task, to_device
 
 NUM_BANDS = 12
@@ -41,9 +42,9 @@ class MaskedText(Task):
 
     state_dtype = torch.int64
 
-    def __init__(self, spec: Any) -> None:
-        """spec: of the text, with length, unit and decode."""
-        self.spec = spec
+    def __init__(self, spec: Any, partition: Partition | None = None) -> None:
+        """spec: of the text, with length, unit and decode. partition: for models to load."""
+        self.spec, self.partition = spec, partition
         name = f"bits_per_{_SHORT.get(spec.unit, spec.unit)}"
         self.main = MainFigure(name, is_higher_better=False)
         self.state_shape = (spec.length,)
@@ -64,7 +65,7 @@ class MaskedText(Task):
                 f"task.name: masked_text masks tokens, which noise.name: {config.noise.name} does "
                 "not; use noise.name: masking"
             )
-        return cls(spec)
+        return cls(spec, process.partition)
 
     # Training
 
@@ -142,7 +143,7 @@ class BoundFigures(Figures):
     none is trained: that is the reconstruction term. The network is told at least t_min there. So
     the parts of the blocks cover (0, 1] once, and their sum is a bound. The levels of a batch are
     as far from each other as they can be (MD4's antithetic ones), so the true standard error is
-    lower than the one given.
+    lower than the one given, for these sequences; how they were chosen is not in it.
 
     The vector: sequences, the sum of their parts of the bound in nats, of these squared, and of
     these by bands of t.
@@ -205,7 +206,7 @@ class TextRequests:
         return self._num
 
     def __getitems__(self, keys: Sequence[Key]) -> dict[str, Tensor]:
-        return {"tokens": torch.zeros(len(keys), self.spec.length, dtype=torch.int64)}
+        return {"number": torch.tensor([key if isinstance(key, int) else key[0] for key in keys])}
 
     def digest(self) -> str:
         return hashlib.sha256(f"{self._num} texts of {self.spec.length}".encode()).hexdigest()
@@ -227,9 +228,13 @@ class TextWriter:
         for start in range(0, num, batch_size):
             keys = range(start, min(start + batch_size, num))
             batch = to_device(requests.__getitems__(keys), self.device, self.dtype)
-            texts += self.task.texts(self._answer(batch, (seed << 32) + start))
+            texts += self.task.texts(self._answer(batch, start, seed=seed))
         return texts
 
     def probe(self) -> None:
-        """Raises what a wrong description would raise at the first text."""
-        self.sample(1)
+        """Raises what a wrong description would raise at the first text; one step a block."""
+        batch = TextRequests(self.task.spec, 1).__getitems__([0])
+        partition = self.task.partition
+        assert partition is not None
+        steps = partition.steps(partition.num_blocks)
+        self._answer(to_device(batch, self.device, self.dtype), 0, steps=steps)

@@ -88,7 +88,7 @@ class RankState:
             objective = setup.objective(model)
             self.blocks.append(OwnedBlock(index, module, model, objective, engine, form))
         self.sync = self._build_sync()
-        self._is_settled, self._steps_done = True, 0
+        self._is_settled, self._num_updates = True, 0
         self.ema: Ema | None = None
         is_bystander = config.has_copies and not self.blocks
         if config.train.ema_decay > 0 and not is_bystander:
@@ -142,10 +142,14 @@ class RankState:
         owned.engine.skip()
         self.shared_tensors.zero_gradients()
 
-    def step_shared(self, steps_done: int, is_skipped: bool = False) -> None:
-        """After `sync.begin`: the shared modules' step. Its result is here after `settle`."""
+    def step_shared(self, steps_done: int, num_updates: int, is_skipped: bool = False) -> None:
+        """After `sync.begin`: the shared modules' step. Its result is here after `settle`.
+
+        steps_done: of the block. num_updates: steps of all blocks here, after each of which the
+        averages follow.
+        """
         self.sync.step(steps_done, is_skipped)
-        self._steps_done = steps_done
+        self._num_updates = num_updates
         self._is_settled = False
 
     def settle(self) -> None:
@@ -158,7 +162,7 @@ class RankState:
         self._is_settled = True
         self.sync.finish()
         if self.ema:
-            self.ema.update(self._steps_done)
+            self.ema.update(self._num_updates)
 
     def share_buffers(self) -> None:
         """Gives every copy of a module its leader's buffers. Collective.

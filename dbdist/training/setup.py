@@ -129,9 +129,8 @@ def load_data(setup: Setup, topology: Topology) -> tuple[Dataset, Dataset]:
     with topology.agree("preparing the figures"):
         if topology.local_rank == 0 and config.is_joint:
             setup.task.prepare({"train": train_set, "test": test_set}.__getitem__)
-    with topology.agree():
-        if config.is_joint:
-            check_figures(setup.task, config.num_blocks)
+    if config.is_joint:
+        check_figures(setup.task, config.num_blocks, topology)
     return train_set, test_set
 
 

@@ -203,7 +203,8 @@ class Trainer:
                 self.records.note(trainee, done, loss_value, norm_value)
             trainee.steps_done += 1
         with self._phase("sync"):
-            state.step_shared(trainee.steps_done, is_skipped=not is_finite)
+            num_updates = sum(other.steps_done for other in self.trainees)
+            state.step_shared(trainee.steps_done, num_updates, is_skipped=not is_finite)
         trainee.seconds += time.perf_counter() - start
 
     @contextmanager
@@ -251,7 +252,7 @@ class Trainer:
         self._settle()
         with self._phase("sync"):
             self.state.sync.begin()
-            self.state.step_shared(steps_done)
+            self.state.step_shared(steps_done, steps_done)
 
     def _settle(self, *, is_read: bool = False) -> None:
         """Waits for what the last step has left on its way.

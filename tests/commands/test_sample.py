@@ -26,13 +26,18 @@ def run_dir(tmp_path_factory):
     return run_dir
 
 
+def test_rows_that_did_not_arrive_are_missed(tmp_path):
+    with pytest.raises(ConfigError, match="holds 0 of 3 samples: it must be one folder"):
+        samples._join(tmp_path, "token", 3)
+
+
 def drawn(folder):
     return load_file(folder / samples.SAMPLES)
 
 
 def test_classes_go_round_and_files_are_where_they_are_said_to_be(run_dir, capsys):
     sample.run([str(run_dir), "--classes", "2-3,7", "--num", "5", "--seed", "4"])
-    folder = run_dir / "samples-step-00000001-seed-4"
+    (folder,) = run_dir.glob("samples-step-00000001-seed-4-*")
     assert drawn(folder)["label"].tolist() == [2, 3, 7, 2, 3]
     assert drawn(folder)["samples"].shape == (5, 1, 4, 4)
     printed = [line for line in capsys.readouterr().out.splitlines() if "sample-" in line]
@@ -69,10 +74,10 @@ def test_what_cannot_be_drawn_is_refused_and_nothing_written(run_dir, tmp_path, 
 
 
 def test_a_folder_of_something_else_is_left_alone(run_dir, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"holds thesis\.txt, which is no sample"):
+    (tmp_path / "sample-list.csv").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"holds sample-list\.csv, which is no sample"):
         sample.run([str(run_dir), "--num", "2", "--out", str(tmp_path)])
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["sample-list.csv"]
 
 
 def test_a_task_that_draws_nothing_says_so(tmp_path):
@@ -88,7 +93,7 @@ def test_latents_are_drawn_as_latents_and_a_missing_autoencoder_is_refused(tmp_p
     words = ("task.name=generation", "mode=sequential", *SIZES, *data, "train.max_steps=1")
     train(config_of(*words, f"run_dir={tmp_path / 'run'}"), Topology(Layout(1)))
     sample.run([str(tmp_path / "run"), "--num", "2", "--sampler.num_steps", "3"])
-    folder = tmp_path / "run/samples-step-00000001-seed-0"
+    (folder,) = (tmp_path / "run").glob("samples-step-00000001-seed-0-*")
     assert [path.name for path in folder.iterdir()] == [samples.SAMPLES]
     assert drawn(folder)["samples"].shape == (2, 4, 6, 6)
     with pytest.raises(UserError, match=r"config\.json is missing"):

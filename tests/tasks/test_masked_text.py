@@ -293,17 +293,18 @@ def test_a_text_depends_on_its_number_and_not_on_the_batch():
 
 
 def answer_of(task):
-    """A chain whose answer to sample i says i."""
+    """A chain whose answer to sample i says i, or i + 100 for another seed."""
 
-    def answer(batch, first):
-        numbers = first + torch.arange(len(batch["tokens"]))
+    def answer(batch, first, seed=0, steps=None):
+        numbers = batch["number"] + 100 * seed
+        assert numbers[0] == first + 100 * seed
         return (numbers[:, None] // 10 ** torch.arange(task.state_shape[0])) % 4
 
     return answer
 
 
 def test_a_loaded_model_gives_texts_the_same_ones_however_many_are_asked_for():
-    task = MaskedText(Letters(4, 3))
+    task = MaskedText(Letters(4, 3), MaskedShares(3))
     writer = task.loaded(answer_of(task), torch.device("cpu"), torch.float32)
     writer.probe()
     texts = writer.sample(10)
@@ -326,7 +327,7 @@ def test_requests_are_for_texts_and_have_no_classes():
     task = MaskedText(Letters(4, 3))
     requests = task.requests(None, 5)
     assert len(requests) == 5
-    assert requests.__getitems__([3, 4])["tokens"].shape == (2, 3)
+    assert requests.__getitems__([3, (4, 7)])["number"].tolist() == [3, 4]
     assert requests.digest() != task.requests(None, 6).digest()
     with pytest.raises(ConfigError, match="text has no classes"):
         task.requests([1], 5)
