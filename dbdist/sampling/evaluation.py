@@ -246,9 +246,9 @@ def check_test_set(config: Config, dataset: Dataset) -> None:
 
 
 def check_figures(task: Task, num_blocks: int, topology: Topology) -> None:
-    """Makes sure that the task's figures give its main figure, and add up over ranks. Collective.
+    """Makes sure that the figures give the main figure, and that they add up over ranks.
 
-    Raises ConfigError or TopologyError.
+    Collective. Raises ConfigError or TopologyError.
     """
     names: list[str] = []
     with topology.agree("reading the figures"):
