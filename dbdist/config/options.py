@@ -134,6 +134,8 @@ class SamplerOptions(Options):
             )
 
     def check(self) -> None:
+        if self.grid != "rho" and self.rho != type(self).rho:
+            raise ConfigError(f"sampler.rho is {self.rho:g}, which needs sampler.grid: rho")
         if self.num_draws > 1 and self.start == "mean":
             raise ConfigError(
                 f"sampler.num_draws is {self.num_draws}, but sampler.start: mean draws nothing; "

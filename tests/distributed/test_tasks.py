@@ -117,7 +117,6 @@ def test_it_trains_resumes_bit_for_bit_evaluates_and_exports(ranks, tmp_path, na
 def answers_of_export_are_the_chains(ranks, name, setup, run_dir, tmp_path, value):
     """Compares a loaded model with the chain: by its figure, or by the samples that both draw."""
     model = dbdist.load(tmp_path / "out")
-    num_blocks = len(model._answer.denoisers) if name == "points" else SETUPS[setup][0]
     if name == "points":
         test_set = load_dataset(config_of(name, run_dir).data, "test")
         batch = test_set.__getitems__([*range(len(test_set))])
