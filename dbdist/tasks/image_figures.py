@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dbdist.errors import DataError
 from dbdist.tasks.base import Batch, Figures
 from dbdist.tasks.extractor import Extractor, Seen, as_shown, full_precision
 from dbdist.tasks.frechet import (
@@ -34,9 +33,8 @@ class FeatureFigures(Figures):
     perfect generator reaches. Up to 128 features, KID is over all pairs. Beyond, it is the mean
     over micro-batches, with its standard error, and so depends on `eval.micro_batch_size`.
 
-    The vector: samples; answers and test images whose class is recognised; samples times the
-    fingerprint and its square, by which sums tell whether all processes used one network; what KID
-    needs; moments of the answers and of the test images.
+    The vector: samples; answers and test images whose class is recognised; what KID needs; moments
+    of the answers and of the test images.
     """
 
     def __init__(
@@ -48,15 +46,15 @@ class FeatureFigures(Figures):
     ) -> None:
         """classifier: gives logits. reference: features of training images. digest: of both."""
         self.extractor, self.classifier, self.reference = extractor, classifier, reference
-        self.fingerprint = int(digest[:4], 16)
         self.num_features = extractor.num_features
         self.order = 3 if self.num_features <= MAX_CUBIC else 2
         num_sums = num_moments(self.num_features, self.order)
-        self.parts = [5, 2 if self.order == 3 else 5, num_sums, num_sums]
+        self.parts = [3, 2 if self.order == 3 else 5, num_sums, num_sums]
         self.size = sum(self.parts)
         self._digest = digest
 
     def identity(self) -> str:
+        """Networks too: sums over processes with different ones mean nothing."""
         return f"{super().identity()}, networks {self._digest}"
 
     def add(self, answer: Float[Tensor, "n c s s"], batch: Batch) -> Float[Tensor, " size"]:
@@ -68,12 +66,10 @@ class FeatureFigures(Figures):
                 self._recognised(real, batch["image"], batch["label"]).sum(),
             ]
         )
-        prints = [num_samples * self.fingerprint, num_samples * self.fingerprint**2]
         return torch.cat(
             [
                 counts.new_tensor([num_samples], dtype=torch.float64),
                 counts.double(),
-                counts.new_tensor(prints, dtype=torch.float64),
                 self._kernels(made.features, real.features),
                 moments(made.features, self.order),
                 moments(real.features, self.order),
@@ -101,7 +97,6 @@ class FeatureFigures(Figures):
         return weight * torch.stack([one, v, weight * one, weight * v, weight * v * v])
 
     def result(self, totals: Float[Tensor, "blocks size"]) -> dict[str, Any]:
-        self._check_fingerprints(totals)
         count, asked, recognised = totals[:, :3].T
         rows = [row.split(self.parts) for row in totals]
         of_test = mean_and_covariance(rows[-1][3], self.num_features)
@@ -140,16 +135,6 @@ class FeatureFigures(Figures):
         if self.order == 3:
             return kernel_distance(made, kernels[0], real, kernels[1], self.num_features)
         return (kernels[1] / kernels[0]).item()
-
-    def _check_fingerprints(self, totals: Float[Tensor, "blocks size"]) -> None:
-        """Raises DataError unless all samples were scored with the same fingerprint."""
-        total = totals.sum(dim=0)
-        count, once, squared = (int(total[i]) for i in (0, 3, 4))
-        if count * squared != once**2:
-            raise DataError(
-                "processes scored images with different networks: the files in "
-                "data.root/extractors differ between nodes; copy those of one node to the others"
-            )
 
 
 class NearestFigures(Figures):

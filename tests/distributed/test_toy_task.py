@@ -18,11 +18,12 @@ from dbdist.config import registry
 from dbdist.config.config import Config
 from dbdist.config.parse import parse_config
 from dbdist.config.yaml_files import write_yaml
-from dbdist.errors import CheckpointError, ConfigError
+from dbdist.errors import CheckpointError, ConfigError, TopologyError
 from dbdist.inference.of_run import evaluate_run, layout_for_evaluation
 from dbdist.parallel.layout import Layout, layout_of
 from dbdist.parallel.topology import Topology
 from dbdist.run.folder import config_of_run
+from dbdist.sampling.evaluation import check_figures
 from dbdist.training.setup import train
 
 points_task.register()
@@ -121,6 +122,30 @@ def test_figures_that_cannot_be_read_are_refused_by_name(tmp_path, monkeypatch, 
     monkeypatch.setattr(points_task.PointsTask, "figures", lambda self: [Wrong()])
     with pytest.raises(ConfigError, match=match):
         train(config_of(tmp_path, "mode=sequential", "train.max_steps=1"), Topology(Layout(1)))
+
+
+class OfRank(points_task.PointFigures):
+    """Figures that depend on the process, as networks in files of a node do."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def identity(self):
+        return f"networks of rank {self.rank}"
+
+
+def check_own_figures(rank, run_dir):
+    config = config_of(run_dir)
+    topology = rank.join(layout_of(config, rank.launch.world_size))
+    task = setup_of(config).task
+    task.figures = lambda: [OfRank(topology.rank)]
+    with pytest.raises(TopologyError, match=r"the figures.*networks of rank \d"):
+        check_figures(task, config.num_blocks, topology)
+    return True
+
+
+def test_ranks_whose_figures_do_not_add_up_are_refused_on_every_rank(ranks, tmp_path):
+    assert ranks.run(3, check_own_figures, tmp_path) == [True] * 3
 
 
 def test_states_of_another_shape_than_the_tasks_are_refused(tmp_path, monkeypatch):
