@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     guarded(
         PROG,
         lambda: run(sys.argv[1:] if argv is None else argv),
-        interrupted="nothing was written",
+        interrupted="the same command draws the same samples",
     )
 
 

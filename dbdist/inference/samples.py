@@ -51,6 +51,7 @@ def draw(
     out: None for a folder in the run's. vae: folder of the autoencoder that decodes latents. Raises
     ConfigError or CheckpointError.
     """
+    topology.check_agreement({"what is asked for": f"{num} of {classes}", "folder": str(out)})
     with closing(checkpoint_of_run(config, topology, {})) as checkpoint:
         with topology.agree("reading the checkpoint"):
             setup = build_setup(config, spec_of_checkpoint(config, checkpoint))
