@@ -6,7 +6,7 @@ or a block is.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -36,8 +36,10 @@ class Chain:
         dtype: torch.dtype,
         first: Callable[[int], Tensor],
         work: Callable[[int, Tensor], Tensor],
-    ) -> None:
-        """Passes every micro-batch through this rank's block.
+    ) -> Iterator[int]:
+        """Passes every micro-batch through this rank's block; yields its number once it is sent.
+
+        So whoever reads the numbers may look at a micro-batch while the next block has it already.
 
         sizes: rows of each micro-batch, the same on all ranks of the chain. state_shape: of one
         row. first(i): the initial states of micro-batch i, asked for on block 0 alone. work(i,
@@ -74,6 +76,7 @@ class Chain:
                     (buffer, _started(dist.isend(buffer, dst=self._next, group=group)))
                 )
                 meter.sent["chain"] += buffer.nbytes
+            yield i
         for _, sending in under_way:
             sending.wait()
 

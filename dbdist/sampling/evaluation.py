@@ -119,18 +119,18 @@ class _First:
 
 def chain_answers(
     setup: Setup, topology: Topology, dataset: Dataset, denoiser: Denoiser
-) -> list[Answers]:
-    """This rank's link of the chain: its block's answers for its replica's share.
+) -> Iterator[Answers]:
+    """This rank's link of the chain: its block's answers for its replica's share, one at a time.
 
-    Collective in the chain. What travels is a row a sample: the states of its draws, and what the
-    task carries beside them.
+    Collective in the chain, to the end. What travels is a row a sample: the states of its draws,
+    and what the task carries beside them.
     """
     assert topology.block is not None
     block, task, sampler = topology.block, setup.task, build_sampler(setup)
     dtype = _dtype_of(denoiser)
     wire = Wire.of(task, sampler.num_draws, dtype)
     micro = MicroBatches(setup, topology, dataset, dtype)
-    results: list[Answers] = []
+    done: dict[int, Answers] = {}
 
     def first(i: int) -> Tensor:
         z = sampler.initial_state(task, micro.rows_of(i), dtype).to(topology.device)
@@ -143,12 +143,13 @@ def chain_answers(
             block, denoiser, task, denoiser.shared, task.condition(batch), z, micro.rows_of(i)
         )
         carry, answer = task.read(block, answer, carry)
-        if not micro.is_idle(i):
-            results.append(Answers(micro.rows_of(i), batch, answer))
+        done[i] = Answers(micro.rows_of(i), batch, answer)
         return wire.pack(z, carry)
 
-    Chain(topology).run(micro.sizes, (wire.row_bytes,), torch.uint8, first, work)
-    return results
+    for i in Chain(topology).run(micro.sizes, (wire.row_bytes,), torch.uint8, first, work):
+        answers = done.pop(i)
+        if not micro.is_idle(i):
+            yield answers
 
 
 def process_answers(

@@ -6,6 +6,7 @@ from ranks import config_of, setup_of
 
 from dbdist.build import build_setup
 from dbdist.data.sources import load_dataset
+from dbdist.parallel.chain import Chain
 from dbdist.parallel.layout import Layout
 from dbdist.parallel.topology import Topology
 from dbdist.sampling.evaluation import chain_answers, evaluate, process_answers
@@ -47,7 +48,7 @@ def answers_of_rank(rank, layout, cases):
             results.append(None)
             continue
         denoiser = build_denoiser(config, data.spec, topology.block)
-        answers = chain_answers(setup_of(config), topology, data, denoiser)
+        answers = list(chain_answers(setup_of(config), topology, data, denoiser))
         results.append(
             (
                 torch.cat([a.answer for a in answers]),
@@ -175,3 +176,17 @@ def scores_of_process(options):
         lambda b: build_denoiser(config, data.spec, b),
         7,
     )
+
+
+def test_a_micro_batch_is_read_before_the_next_one_is_worked_on():
+    """So a rank keeps one of them, however large the test set is."""
+    events = []
+
+    def work(i, states):
+        events.append(f"work {i}")
+        return states
+
+    chain = Chain(Topology(Layout(1)))
+    for i in chain.run([2, 2, 1], (3,), torch.float32, lambda i: torch.zeros(2, 3), work):
+        events.append(f"read {i}")
+    assert events == ["work 0", "read 0", "work 1", "read 1", "work 2", "read 2"]
