@@ -20,6 +20,7 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
+from dbdist.config import registry
 from dbdist.config.config import Config
 from dbdist.config.nearest import unknown
 from dbdist.config.presets import config_file
@@ -142,16 +143,24 @@ def explain(error: str, keys: Collection[str]) -> str:
     """jsonargparse's message as one sentence, with the nearest known key for an unknown one."""
     error = error.removeprefix('Parser key "config":').strip()
     if found := re.search(r"unrecognized arguments: --([\w.-]+)", error):
-        return unknown("option", found[1], [*keys, "config"], "--")
+        return _unknown("option", found[1], [*keys, "config"], "--")
     if found := re.search(r"Option '([\w.-]+)' is not accepted", error):
-        return unknown("key", found[1], list(keys))
+        return _unknown("key", found[1], keys)
     if found := re.search(
         r"Group '([\w.-]+)' does not accept (?:option|nested key|key) '([\w.-]+)'", error
     ):
-        return unknown("key", f"{found[1]}.{found[2]}", list(keys))
+        return _unknown("key", f"{found[1]}.{found[2]}", keys)
     if found := re.search(r'Parser key "([\w.-]+)":\s*(.*)', error, re.DOTALL):
         return f"{found[1]}: {_expectation(' '.join(found[2].split()))}"
     return error
+
+
+def _unknown(kind: str, given: str, keys: Collection[str], dashes: str = "") -> str:
+    """One sentence about a key that the chosen task, model, data and process do not have."""
+    section, _, field = given.partition(".")
+    if owners := registry.names_with(section, field):
+        return f"unknown {kind} {dashes}{given}; it is one of {section}.name: {' or '.join(owners)}"
+    return unknown(kind, given, keys, dashes)
 
 
 def _expectation(error: str) -> str:

@@ -119,3 +119,12 @@ def default_section(section: str, names: Mapping[str, str] | None = None) -> Any
     defaults = classes["task"].defaults.items()
     given = {key.partition(".")[2]: value for key, value in defaults if key in known}
     return classes[section](**given)
+
+
+def names_with(section: str, field: str) -> list[str]:
+    """The names of a section whose options have this field."""
+    return [
+        name
+        for name, plugin in SECTIONS.get(section, {}).items()
+        if any(known.name == field for known in dataclasses.fields(plugin.options_class))
+    ]

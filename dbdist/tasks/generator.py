@@ -149,7 +149,7 @@ def classes_of(spec: Any, classes: Sequence[int | str] | int | str | None) -> li
 
 
 def _shown(names: tuple[str, ...], spec: Any) -> str:
-    if not spec.class_names:
+    if not spec.class_names or names == tuple(map(str, range(len(names)))):
         return ""
     more = ", …" if len(names) > 10 else ""
     return f", or {', '.join(names[:10])}{more}"

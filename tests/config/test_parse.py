@@ -123,6 +123,13 @@ def test_the_name_of_a_data_set_in_place_of_a_file_says_where_it_goes():
     assert "--data.name cifar10" in refusal("--config", "cifar10")
 
 
+def test_a_key_of_another_model_says_whose_it_is():
+    message = refusal("--config", "digits-dit", "--model.name", "vit")
+    assert message == "unknown key model.label_std; it is one of model.name: dit"
+    message = refusal("--task.name", "masked_text", "--data.image_size", "8")
+    assert message.startswith("unknown option --data.image_size; it is one of data.name: digits or")
+
+
 def test_presets_are_found_from_anywhere_and_a_file_of_that_name_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("digits").mkdir()  # a folder is no configuration
