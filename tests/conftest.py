@@ -37,6 +37,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def ask_for_a_picture() -> "Iterator[Callable[..., None]]":
+    """Runs draw no pictures for TensorBoard, which is half of a short run's time."""
+    from dbdist.monitor.painter import Painter
+
+    ask = Painter.ask
+    Painter.ask = lambda *_: None  # type: ignore[method-assign]
+    yield ask
+    Painter.ask = ask  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def pictures(ask_for_a_picture: "Callable[..., None]", monkeypatch: pytest.MonkeyPatch) -> None:
+    """But those of this test do."""
+    monkeypatch.setattr("dbdist.monitor.painter.Painter.ask", ask_for_a_picture)
+
+
 @pytest.fixture
 def float64() -> Iterator[None]:
     """Everything in double precision."""

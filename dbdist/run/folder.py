@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 import json
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,27 @@ def read_config(run_dir: Path) -> Config | None:
     Raises ConfigError for a damaged one.
     """
     path = run_dir / "config.yaml"
-    try:
-        if not path.is_file():
+    with _naming(path):
+        if not _is_whole(path):
             return None
-        if "run_dir" not in read_yaml(path):
-            raise ConfigError("it is incomplete, run_dir is missing")
         return parse_config("dbdist", "", [], first=["--config", str(path)])
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (ConfigError, OSError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether there is such a file. Raises ConfigError for one that has lost its end."""
+    if not path.is_file():
+        return False
+    if "run_dir" not in read_yaml(path):
+        raise ConfigError("it is incomplete, run_dir is missing")
+    return True
 
 
 def check_run_dir(config: Config) -> None:
@@ -218,19 +232,30 @@ def last_schedule_step(config: Config, num_train: int) -> int | None:
 
 def config_file_of(run_dir: Path) -> Path:
     """RUN/config.yaml. Raises ConfigError where there is no run."""
-    if read_config(run_dir) is None:
+    path = run_dir / "config.yaml"
+    with _naming(path):
+        is_there = _is_whole(path)
+    if not is_there:
         beside = Path(Config().run_dir).parent / run_dir
         meant = f"did you mean {beside}?" if (beside / "config.yaml").is_file() else ""
         raise ConfigError(
             f"{run_dir} holds no run (config.yaml is missing); "
             f"{meant or 'give the folder of a trained one'}"
         )
-    return run_dir / "config.yaml"
+    return path
 
 
 def config_of_run(prog: str, description: str, argv: list[str]) -> Config:
     """RUN/config.yaml with the command line's changes. Raises ConfigError where there is no run."""
-    run_dir = parse_config(prog, description, argv, first=config_of_folder(argv)).run_dir
-    own = ["--config", str(config_file_of(Path(run_dir)))]
-    config = parse_config(prog, description, argv, first=own)
-    return dataclasses.replace(config, run_dir=run_dir).validate()
+    own = config_of_folder(argv)
+    try:
+        given = parse_config(prog, description, argv, own)
+    except ConfigError:
+        if own:
+            read_config(Path(own[1]).parent)  # whose mistake it is
+        raise
+    file = ["--config", str(config_file_of(Path(given.run_dir)))]
+    if file != own:  # the folder's name is not in argv
+        config = parse_config(prog, description, argv, first=file)
+        given = dataclasses.replace(config, run_dir=given.run_dir)
+    return given.validate()

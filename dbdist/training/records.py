@@ -167,7 +167,7 @@ class Records:
         return dict(zip(totals, means.tolist(), strict=True))  # waits for a GPU's queued steps
 
     def post(self, step: int, scalars: dict[str, float], with_histograms: bool) -> None:
-        """Leaves a record for rank 0."""
+        """Leaves a record for rank 0, which takes what has arrived."""
         histograms = [t.histogram for t in self.trainees if t.histogram and with_histograms]
         for histogram in histograms or [None]:
             content = histogram.to_dict() if histogram else None
@@ -175,6 +175,7 @@ class Records:
             scalars = {}
             if histogram:
                 histogram.reset()
+        self.collect()
 
     def collect(self) -> None:
         """On rank 0: hands the records that have arrived to the monitor."""
@@ -186,10 +187,13 @@ class Records:
             elif self.monitor is not None:
                 self.monitor.record(rank, record["step"], record["scalars"], record["histogram"])
 
-    def preview(self, step: int, evaluation: Evaluation) -> None:
-        """On rank 0: shows some answers of an evaluation."""
+    def of_evaluation(self, step: int, evaluation: Evaluation | None) -> dict[str, float]:
+        """What goes into rank 0's record; some answers are shown at once."""
+        if evaluation is None or not self.topology.is_coordinator:
+            return {}
         if self.monitor is not None and evaluation.preview is not None:
             self.monitor.preview(step, evaluation.preview)
+        return evaluation.scalars()
 
     def has(self, step: int) -> bool:
         """On rank 0: whether metrics.jsonl holds what every rank recorded up to this step."""

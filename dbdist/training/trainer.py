@@ -11,7 +11,7 @@ optimizers and step.
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -136,10 +136,10 @@ class Trainer:
     def train_step(self, step: int) -> None:
         """Takes a step of every block of this rank; of random ones in sequential mode."""
         for turn, block in enumerate(order := self._order[step]):
-            self._set_lr(step + turn / len(order))
+            self.state.set_lr(step + turn / len(order), self.max_steps)
             self._step_block(self.trainees[block])
         if not self.trainees:
-            self._set_lr(float(step))
+            self.state.set_lr(float(step), self.max_steps)
             self._step_shared_alone(step + 1)
 
     def evaluate(self, step: int) -> Evaluation:
@@ -288,9 +288,6 @@ class Trainer:
         place = trainee.owned.index, self.topology.replica, trainee.steps_done
         torch.manual_seed(seeds.at(self.config.seed, "dropout", *place))
 
-    def _set_lr(self, progress: float) -> None:
-        self.state.set_lr(progress, self.max_steps)
-
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.train.precision == "fp32":
             return nullcontext()
@@ -336,16 +333,21 @@ class Trainer:
     def _evaluate_and_record(
         self, step: int, due: Due, scalars: dict[str, float]
     ) -> Evaluation | None:
-        evaluation = self.evaluate(step) if due.evaluate else None
-        if evaluation is not None and self.topology.is_coordinator:
-            scalars |= evaluation.scalars()
-            self.records.preview(step, evaluation)
+        try:
+            evaluation = self.evaluate(step) if due.evaluate else None
+            scalars |= self.records.of_evaluation(step, evaluation)
+        except Exception:  # what was trained is no worse for it: without a record it was lost
+            with suppress(RuntimeError):  # the store is gone too
+                self._record(step, scalars, due)
+            raise
+        self._record(step, scalars, due)
+        return evaluation
+
+    def _record(self, step: int, scalars: dict[str, float], due: Due) -> None:
         if due.record:
             self.topology.watch.at("recording")
             is_last = step == self.max_steps
             self.records.post(step, scalars, with_histograms=due.evaluate or is_last)
-            self.records.collect()
-        return evaluation
 
     def _stop_for_any_fault(self) -> None:
         """At the end, where no rank asks any more whether to go on. Collective."""
@@ -362,7 +364,6 @@ class Trainer:
         scalars = self.records.measure(step)
         self.saving.save(step)
         self.records.post(step, scalars, with_histograms=False)
-        self.records.collect()
 
     def _check_folder(self) -> None:
         """Stops the run where its folder was removed or replaced: it would be lost at the end."""

@@ -173,6 +173,7 @@ def test_1024_ranks_are_planned_in_seconds(capsys):
     assert any("--nnodes=128 --node_rank=$NODE_RANK --nproc_per_node=8" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_model_that_fits_no_machine_is_planned(capsys):
     words = ("--model.num_layers=1500", "--model.hidden_size=12288")
     rows = rows_of(lines_of(capsys, "--gpus-per-node=3", *words))

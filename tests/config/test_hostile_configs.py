@@ -83,6 +83,7 @@ def test_a_changed_configuration_is_used_or_refused(tmp_path, data):
     use(data.draw(changed_bytes(original(tmp_path), WORDS)), tmp_path)
 
 
+@pytest.mark.slow
 @settings(few, max_examples=25)
 @given(data=st.data())
 def test_a_configuration_with_other_values_is_used_or_refused(tmp_path, data):

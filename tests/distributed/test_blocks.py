@@ -117,6 +117,7 @@ def bereft(machine):
     return run_dir
 
 
+@pytest.mark.slow
 def test_a_block_whose_rank_was_killed_is_continued_alone(bereft, joint, tmp_path, capsys):
     folder = shutil.copytree(bereft, tmp_path / "run")
     assert newest_steps(folder, 3) == [12, 4, 12]

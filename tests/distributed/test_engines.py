@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 from ranks import RankPool, config_of, setup_of
 from replicas import DEEPSPEED, LINEAR, engine_options
 
@@ -96,7 +97,7 @@ def joined(ranks, tmp_path_factory):
     return folder / "ddp", results
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", cases(ENGINES, fast=["ddp", "fsdp", "zero3"]))
 def test_an_engine_equals_one_process_with_the_joined_batch(ranks, tmp_path, joined, engine):
     expected, single = joined
     results = run(ranks, tmp_path, engine)
@@ -113,7 +114,7 @@ def test_an_engine_equals_one_process_with_the_joined_batch(ranks, tmp_path, joi
         assert own.evaluation.after_block == single[0].evaluation.after_block
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+@pytest.mark.parametrize("engine", cases(["fsdp", "zero3"], fast=["fsdp"]))
 def test_end_to_end_training_is_split_among_all_processes(ranks, tmp_path, engine):
     """The control of honest comparisons, for whole models that outgrow one GPU."""
     options = ("mode=end_to_end", "train.max_steps=5")
@@ -142,7 +143,7 @@ def clipped(ranks, tmp_path_factory):
     return folder / "ddp"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", cases(ENGINES, fast=["fsdp"]))
 def test_clipping_takes_in_the_block_and_its_shared_modules_and_accumulation_reduces_once(
     ranks, tmp_path, clipped, engine
 ):
@@ -153,7 +154,7 @@ def test_clipping_takes_in_the_block_and_its_shared_modules_and_accumulation_red
         assert results[0].received == whole[0].received
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", cases(ENGINES[:5], fast=["ddp"]))
 def test_bf16_keeps_fp32_master_weights(ranks, tmp_path, joined, engine):
     expected, _ = joined
     run(ranks, tmp_path, engine, "train.precision=bf16")
@@ -189,7 +190,7 @@ def by_sync(ranks, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("engine", "coordinator", "sync"), MATRIX)
+@pytest.mark.parametrize(("engine", "coordinator", "sync"), cases(MATRIX, fast=MATRIX[:4]))
 def test_engine_coordinator_and_sync_go_together(
     ranks, tmp_path, by_sync, engine, coordinator, sync
 ):
@@ -216,6 +217,7 @@ def test_deepspeed_takes_a_blocks_copies_for_the_whole_world(ranks, forks, tmp_p
 OTHERS = ["fsdp", "zero2", "zero3"]
 
 
+@pytest.mark.slow
 def test_every_engine_continues_what_ddp_wrote(ranks, tmp_path, joined):
     half = ("train.max_steps=10", "train.ema_decay=0")
     run(ranks, tmp_path / "half", "ddp", *half)
@@ -225,7 +227,7 @@ def test_every_engine_continues_what_ddp_wrote(ranks, tmp_path, joined):
         assert_close(saved(tmp_path / engine), saved(joined[0]), atol=1e-6)
 
 
-@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.parametrize("engine", cases(OTHERS, fast=["zero2"]))
 def test_ddp_continues_what_every_engine_wrote(ranks, tmp_path, joined, engine):
     run(ranks, tmp_path, engine, "train.max_steps=10", "train.ema_decay=0")
     (tmp_path / engine).rename(tmp_path / "ddp")
@@ -233,6 +235,7 @@ def test_ddp_continues_what_every_engine_wrote(ranks, tmp_path, joined, engine):
     assert_close(saved(tmp_path / "ddp"), saved(joined[0]), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_moves_between_numbers_of_replicas(ranks, tmp_path):
     one_block = ("model.num_blocks=1", "train.ema_decay=0.9")
     run(ranks, tmp_path / "straight", "ddp", *one_block, replicas=1)
@@ -247,7 +250,7 @@ def test_a_checkpoint_moves_between_numbers_of_replicas(ranks, tmp_path):
     assert_close(saved(folder / "zero1"), saved(tmp_path / "straight/ddp"), atol=1e-6)
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("replicas", cases([1, 2], fast=[2]))
 def test_a_sharded_coordinator_equals_a_colocated_one(ranks, tmp_path, replicas):
     def train(folder, coordinator, steps):
         more = (f"parallel.coordinator={coordinator}", f"train.max_steps={steps}")

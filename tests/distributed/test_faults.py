@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from cases import cases
 from machine import signal_group, wait_for_checkpoint, wait_until
 from reading import complete_steps, hashes_of, lines_of
 
@@ -44,6 +45,7 @@ def stop_by_signal(machine, run_dir, *words, **more):
     return int(stopped), printed
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(machine):
     _, printed = stop_by_signal(machine, machine.folder / "step", *ENDLESS, is_new=True)
     command = re.search(r"to continue: (torchrun --standalone .*)", printed)
@@ -63,6 +65,7 @@ def test_a_run_that_was_stopped_by_a_signal_goes_on_to_the_same_bits(machine):
     assert steps[0] == sorted({*steps[1], step})
 
 
+@pytest.mark.slow
 def test_blocks_that_never_wait_for_each_other_stop_after_the_same_step_too(machine):
     words = (*ENDLESS, "--parallel.sync", "never", "--data.num_workers", 1)
     stop_by_signal(machine, machine.folder / "never", *words)
@@ -115,9 +118,7 @@ def test_a_second_signal_ends_at_once_even_where_the_first_finds_nobody(machine)
     ranks[1].send_signal(signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    ("sync", "stuck"), [("step", 1), pytest.param("never", 0, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("sync", "stuck"), cases([("step", 1), ("never", 0)], fast=[]))
 def test_a_stopped_rank_is_named_by_every_other_within_the_timeout(machine, timeout_s, sync, stuck):
     """stuck 0 holds the store: nothing answers any more."""
     run_dir = machine.folder / f"stuck-{sync}-{stuck}"

@@ -33,6 +33,7 @@ def test_a_program_trains_evaluates_and_goes_on_after_a_mistake(machine, tmp_pat
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["step"] == 6
 
 
+@pytest.mark.slow
 def test_after_a_mistake_its_line_is_the_last_one(machine):
     words = ["torchrun", "--rdzv-backend=loopback", "--nproc_per_node=2", "-m", "dbdist.train"]
     printed = machine.finish(machine.start(*words, "digits", "--trian.lr", "1"), code=1)

@@ -3,6 +3,7 @@ counted."""
 
 import weakref
 
+import pytest
 import torch
 from ranks import config_of, setup_of
 from torch.distributed.tensor import DTensor
@@ -92,6 +93,7 @@ def test_setting_up_a_rank_never_allocates_more_than_its_own_block(ranks, tmp_pa
     assert peak < LAYER_BYTES, "a dedicated coordinator holds no block at all"
 
 
+@pytest.mark.slow
 def test_fsdp_never_has_a_whole_block_on_a_rank(ranks, tmp_path):
     """Not in set-up either: half of it on each of two, and the one tensor that is being drawn."""
     options = [f"run_dir={tmp_path}", *OPTIONS, "model.num_blocks=1", "model.layers_per_block=null"]

@@ -86,7 +86,7 @@ def test_the_learning_rate_warms_up_then_follows_half_a_cosine(tmp_path):
     optimizer = trainer.state.blocks[0].engine.optimizer
 
     def lr(step):
-        trainer._set_lr(float(step))
+        trainer.state.set_lr(float(step), trainer.max_steps)
         return optimizer.param_groups[0]["lr"]
 
     assert [lr(s) for s in range(4)] == pytest.approx([0.02, 0.04, 0.06, 0.08])

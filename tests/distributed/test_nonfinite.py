@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 from ranks import config_of, setup_of, warnings_from_now_on
 from reading import lines_of
 from replicas import DEEPSPEED, LINEAR, engine_options
@@ -89,7 +90,7 @@ def train_rank(rank, options, bad, what="gradient"):
     return result
 
 
-@pytest.mark.parametrize("sync", ["step", "every", "never"])
+@pytest.mark.parametrize("sync", cases(["step", "every", "never"], fast=["step"]))
 def test_all_ranks_stop_at_the_same_step_and_the_bad_one_is_kept(ranks, tmp_path, sync):
     options = (*THREE, f"parallel.sync={sync}", "parallel.sync_every=2", f"run_dir={tmp_path}")
     results = ranks.run(3, train_rank, options, {3: (1, 0)})
@@ -146,6 +147,7 @@ def test_a_skipped_step_leaves_the_block_as_it_was_and_touches_no_other(ranks, t
     assert "the step is skipped, see " in warning
 
 
+@pytest.mark.slow
 def test_with_common_shared_modules_a_skipped_blocks_gradient_counts_as_zeros(ranks, tmp_path):
     """Against the coordinator's own step on the mean of the other blocks' gradients."""
     options = (*THREE, "train.nonfinite=skip", f"run_dir={tmp_path}", "train.max_steps=1")
@@ -196,12 +198,7 @@ def sign_of_the_others(rank, options):
 @pytest.mark.parametrize("what", ["gradient", "loss"])
 @pytest.mark.parametrize(
     "engine",
-    [
-        "ddp",
-        "fsdp",
-        "zero3",
-        *(pytest.param(e, marks=pytest.mark.slow) for e in ("zero1", "zero2")),
-    ],
+    cases(["ddp", "fsdp", "zero1", "zero2", "zero3"], fast=["ddp", "fsdp"]),
 )
 def test_every_engine_skips_on_all_replicas_what_is_bad_on_one(ranks, tmp_path, engine, what):
     if engine.startswith("zero"):

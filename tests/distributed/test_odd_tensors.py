@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 from odd_modules import odd
 from ranks import config_of, setup_of
 from replicas import LINEAR, engine_options
@@ -78,7 +79,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", cases(WAYS, fast=["coordinated", "sharded"]))
 def test_a_model_with_odd_tensors_continues_bit_for_bit(ranks, tmp_path, way):
     more = (*COMMON, *WAYS[way])
     if way in ("coordinated", "sharded", "dedicated"):
@@ -154,7 +155,9 @@ ONE_BLOCK = (
 )
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "engine", cases(["ddp", "fsdp", "zero1", "zero2", "zero3"], fast=["ddp", "fsdp"])
+)
 def test_frozen_tied_and_buffered_tensors_go_through_every_engine(ranks, tmp_path, engine):
     averages = "0" if engine == "zero3" else "0.9"  # refused by name
     more = (*ONE_BLOCK, f"train.ema_decay={averages}")

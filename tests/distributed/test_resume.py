@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 from ranks import config_of
 from reading import lines_of, tensors_of
 from safetensors.torch import load_file
@@ -40,27 +41,28 @@ def run_options(run_dir, steps, *more):
     return [f"run_dir={run_dir}", f"train.max_steps={steps}", "train.log_every=5", *more]
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        ("parallel.sync=step", "train.ema_decay=0.9"),
-        ("parallel.sync=every", "parallel.sync_every=8"),
-        (
-            "parallel.sync=every",
-            "parallel.sync_every=5",
-            "parallel.outer_lr=0.7",
-            "parallel.outer_momentum=0.9",
-        ),
-        ("parallel.sync=never", "train.ema_decay=0.9"),
-        (
-            "model.dropout=0.2",
-            "task.condition_dropout=0.1",
-            "train.accumulation_steps=2",
-            "train.warmup_steps=15",
-        ),
-    ],
-)
-def test_twenty_steps_equal_ten_and_resume_and_ten_bit_for_bit(ranks, tmp_path, more):
+RUNS = {
+    "step": ("parallel.sync=step", "train.ema_decay=0.9"),
+    "every": ("parallel.sync=every", "parallel.sync_every=8"),
+    "outer": (
+        "parallel.sync=every",
+        "parallel.sync_every=5",
+        "parallel.outer_lr=0.7",
+        "parallel.outer_momentum=0.9",
+    ),
+    "never": ("parallel.sync=never", "train.ema_decay=0.9"),
+    "dropout": (
+        "model.dropout=0.2",
+        "task.condition_dropout=0.1",
+        "train.accumulation_steps=2",
+        "train.warmup_steps=15",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", cases(RUNS, fast=["dropout"]))
+def test_twenty_steps_equal_ten_and_resume_and_ten_bit_for_bit(ranks, tmp_path, name):
+    more = RUNS[name]
     ranks.run(3, train_run, run_options(tmp_path / "straight", 20, *more))
     ranks.run(3, train_run, run_options(tmp_path / "parts", 10, *more))
     ranks.run(3, train_run, run_options(tmp_path / "parts", 20, *more))
@@ -157,7 +159,7 @@ def evaluate_rank(rank, options, run_options_):
     return evaluate_run(config, rank.join(layout))
 
 
-@pytest.mark.parametrize("sync", ["step", "never"])
+@pytest.mark.parametrize("sync", cases(["step", "never"], fast=["step"]))
 def test_evaluation_and_export_agree_for_any_number_of_processes(ranks, tmp_path, sync):
     options = run_options(tmp_path / "run", 30, f"parallel.sync={sync}", "eval.micro_batch_size=33")
     trained = ranks.run(3, train_run, options)[0]
@@ -192,6 +194,7 @@ def failure_of_rank(rank, options):
     return None
 
 
+@pytest.mark.slow
 def test_wrong_run_directories_and_damaged_checkpoints_are_refused_on_every_rank(ranks, tmp_path):
     run = tmp_path / "run"
     ranks.run(3, train_run, run_options(run, 4))

@@ -4,6 +4,7 @@ import re
 import signal
 
 import pytest
+from cases import cases
 from machine import wait_until
 from reading import complete_steps
 
@@ -20,7 +21,7 @@ def stand_in_the_way(run_dir, step):
     path.write_text("a file where a folder should be")
 
 
-@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("num_ranks", cases([1, 3], fast=[1]))
 def test_training_goes_on_without_a_checkpoint_that_cannot_be_written(machine, tmp_path, num_ranks):
     stand_in_the_way(tmp_path, 4)
     mode = ("--mode", "sequential") if num_ranks == 1 else ()

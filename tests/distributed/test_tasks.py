@@ -1,10 +1,12 @@
 """Every task does what the machine offers: coordinators, engines, resume, merge, the chain."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 from ranks import setup_of
 from reading import hashes_of
 from safetensors.torch import load_file
@@ -42,7 +44,6 @@ SETUPS = {
     "fsdp": (4, (*BLOCK, "parallel.replica_engine=fsdp")),
 }
 """Ranks and options of everything that shares the work in its own way."""
-FAST = [("points", "sharded"), ("points", "fsdp")]
 STEPS = 8
 
 
@@ -80,16 +81,10 @@ def draw_rank(rank, name, run_dir, out, options):
     return draw(config, topology, None, 7, out)
 
 
-def cases():
-    """Every set-up for every task; most of them are slow."""
-    for task in TASKS:
-        for setup in SETUPS:
-            is_slow = setup != "step" and (task, setup) not in FAST
-            marks = [pytest.mark.slow] if is_slow else []
-            yield pytest.param(task, setup, marks=marks, id=f"{task}-{setup}")
-
-
-@pytest.mark.parametrize(("name", "setup"), cases())
+@pytest.mark.parametrize(
+    ("name", "setup"),
+    cases(itertools.product(TASKS, SETUPS), fast=[(task, "step") for task in TASKS]),
+)
 def test_it_trains_resumes_bit_for_bit_evaluates_and_exports(ranks, tmp_path, name, setup):
     world_size, options = SETUPS[setup]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -135,9 +130,7 @@ def answers_of_export_are_the_chains(ranks, name, setup, run_dir, tmp_path, valu
         assert model.sample(7) == [spec.decode(ids) for ids in drawn.tolist()]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == "masked_text" else pytest.mark.slow) for n in TASKS]
-)
+@pytest.mark.parametrize("name", cases(TASKS, fast=["masked_text"]))
 def test_blocks_that_train_by_themselves_and_are_merged_are_the_joint_run(ranks, tmp_path, name):
     private = ("parallel.sync=never",)
     joint, merged = tmp_path / "joint", tmp_path / "merged"
@@ -151,8 +144,13 @@ def test_blocks_that_train_by_themselves_and_are_merged_are_the_joint_run(ranks,
     assert json.dumps(found[0]) == json.dumps(found[1])
 
 
-@pytest.mark.parametrize("name", [n for n in TASKS if n != "points"])
-@pytest.mark.parametrize("mode", ["sequential", "end_to_end"])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    cases(
+        itertools.product([n for n in TASKS if n != "points"], ["sequential", "end_to_end"]),
+        fast=[("masked_text", "sequential")],
+    ),
+)
 def test_the_other_modes_train_evaluate_and_draw(tmp_path, name, mode):
     config = config_of(name, tmp_path / "run", f"mode={mode}")
     topology = Topology(layout_of(config, 1))

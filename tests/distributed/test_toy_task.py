@@ -13,6 +13,7 @@ from ranks import setup_of
 from toy import points_task
 
 import dbdist
+from dbdist.checkpoint.manifest import find_checkpoint
 from dbdist.commands.export import export
 from dbdist.config import registry
 from dbdist.config.config import Config
@@ -120,8 +121,13 @@ def test_figures_that_cannot_be_read_are_refused_by_name(tmp_path, monkeypatch, 
     for name, value in mistake.items():
         monkeypatch.setattr(Wrong, name, value)
     monkeypatch.setattr(points_task.PointsTask, "figures", lambda self: [Wrong()])
+    config = config_of(tmp_path, "mode=sequential", "train.max_steps=1")
     with pytest.raises(ConfigError, match=match):
-        train(config_of(tmp_path, "mode=sequential", "train.max_steps=1"), Topology(Layout(1)))
+        train(config, Topology(Layout(1)))
+    monkeypatch.undo()
+    evaluation = train(config, Topology(Layout(1)))  # what was trained is there
+    assert evaluation is not None
+    assert (evaluation.step, find_checkpoint(tmp_path).step) == (1, 1)
 
 
 class OfRank(points_task.PointFigures):

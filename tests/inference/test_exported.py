@@ -469,6 +469,7 @@ def mishandled_mutations(model_dir):
             yield f"{'.'.join(map(str, where))} = {other!r}: {text}"
 
 
+@pytest.mark.slow
 def test_a_mutated_config_json_is_refused_or_gives_a_model_that_predicts(model_dir):
     """In a process of its own: the run-time type checks of tests would find most of it first."""
     code = (

@@ -26,6 +26,8 @@ from dbdist.processes.gaussian import NoiseSchedule
 LEVELS = levels_of(NoiseSchedule(2, p_mean=0.0))
 assert LEVELS is not None
 
+pytestmark = pytest.mark.usefixtures("pictures")
+
 
 def build_monitor(
     run_dir: Path,

@@ -17,6 +17,8 @@ LEVELS = levels_of(NoiseSchedule(2))
 assert LEVELS is not None
 REQUEST = {"levels": asdict(LEVELS)}
 
+pytestmark = pytest.mark.usefixtures("pictures")
+
 
 def is_running(pid):
     try:

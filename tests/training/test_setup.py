@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from ranks import warnings_from_now_on
 from reading import hashes_of
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dbdist import log
 from dbdist.checkpoint.manifest import find_checkpoint
@@ -69,6 +70,18 @@ def trained(tmp_path_factory):
 def folder(trained, tmp_path):
     """A run of four steps and its data, to be changed."""
     return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+@pytest.mark.usefixtures("pictures")
+def test_levels_and_where_they_were_trained_are_drawn(tmp_path):
+    make_pictures(tmp_path / "d")
+    train(config_of(tmp_path), alone())
+    events = EventAccumulator(str(tmp_path / "run"), {"images": 0}).Reload()
+    assert set(events.Tags()["images"]) == {
+        "train/levels",
+        "train/sigma_cross_entropy/block0",
+        "train/sigma_cross_entropy/block1",
+    }
 
 
 def evaluated(folder, *options):

@@ -6,6 +6,7 @@ processes.
 
 import time
 
+import pytest
 from ranks import config_of, setup_of
 
 from dbdist.data.sources import load_dataset
@@ -36,6 +37,7 @@ def train_slowly(rank, options):
     return said, trainer.step
 
 
+@pytest.mark.slow
 def test_slow_ranks_and_those_that_wait_for_them_are_not_stuck(ranks, tmp_path):
     """A dedicated coordinator does nothing but wait."""
     options = ("model.num_blocks=2", "model.num_layers=2", f"run_dir={tmp_path}")
@@ -61,6 +63,7 @@ def leave(rank, how):
     return told
 
 
+@pytest.mark.slow
 def test_who_is_gone_is_named_with_its_step_and_phase(ranks):
     for told in ranks.run(3, leave, "silently")[:2]:
         assert told == "rank 2 (block 2) is gone, it was at step 7, forward"
