@@ -313,6 +313,7 @@ def save_without_rank_1(rank, run_dir, steps, told_step):
     return told
 
 
+@pytest.mark.slow
 def test_who_saves_alone_waits_for_nobody_and_retires_nothing(ranks, tmp_path):
     """Step 4 is joint, step 8 waits for a rank that is gone, and those after it are alone."""
     assert ranks.run(3, save_without_rank_1, tmp_path, [4, 8, 12, 16], 8) == [[], [], []]

@@ -146,6 +146,7 @@ def test_only_the_callers_thread_communicates(tmp_path, monkeypatch):
     assert threads == {threading.current_thread()}
 
 
+@pytest.mark.slow
 def test_saving_a_block_of_the_cifar_model_takes_less_than_a_step(tmp_path):
     words = f"--config configs/cifar100.yaml --run_dir {tmp_path}/run"
     sizes = "--data.num_workers 0 --train.batch_size 8 --train.warmup_steps 0"

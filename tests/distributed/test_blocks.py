@@ -170,6 +170,7 @@ def test_two_blocks_train_in_one_job_and_a_third_by_itself(ranks, tmp_path, join
     assert_same_weights(tmp_path, folder / "never", 6)
 
 
+@pytest.mark.slow
 def test_a_merged_run_is_continued_as_the_joint_one(ranks, tmp_path, jointly):
     """Blocks 0 and 2 from one run, block 1 from another; then all together."""
     folder, _ = jointly

@@ -230,6 +230,7 @@ def test_every_rank_refuses_with_the_same_offer(machine, copy):
     assert path.exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_falls_back_ends_as_if_nothing_had_happened(machine, copy):
     folder, path = copy
     expected = json.loads((path / "manifest.json").read_text())["files"]

@@ -97,7 +97,7 @@ def joined(ranks, tmp_path_factory):
     return folder / "ddp", results
 
 
-@pytest.mark.parametrize("engine", cases(ENGINES, fast=["ddp", "fsdp", "zero3"]))
+@pytest.mark.parametrize("engine", cases(ENGINES, fast=["ddp", "fsdp"]))
 def test_an_engine_equals_one_process_with_the_joined_batch(ranks, tmp_path, joined, engine):
     expected, single = joined
     results = run(ranks, tmp_path, engine)
@@ -124,6 +124,7 @@ def test_end_to_end_training_is_split_among_all_processes(ranks, tmp_path, engin
     assert_close(saved(tmp_path / engine), saved(tmp_path / "ddp"), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_ddp_equals_the_joined_batch_in_float64(ranks, tmp_path):
     run(ranks, tmp_path / "1", "ddp", replicas=1, is_float64=True)
     run(ranks, tmp_path / "2", "ddp", replicas=2, is_float64=True)

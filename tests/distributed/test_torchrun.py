@@ -67,6 +67,7 @@ def test_end_to_end_runs_data_parallel(machine, tmp_path):
     assert two["comm/bytes_per_step/rank1"] > 0
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_is_refused_by_each_in_one_line(machine, tmp_path):
     words = ("dbdist.train", *SMALL, "--run_dir", tmp_path / "run")
     match = r"need 3 processes, 2 were started; start 3"
