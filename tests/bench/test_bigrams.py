@@ -65,7 +65,7 @@ def test_distances_are_those_of_counted_pairs(text_run, tmp_path, capsys):
     [
         (torch.full((2, 10), 99), "has the id 99, but the text has 4 symbols"),
         (torch.rand(2, 10), r"holds no text, but \[2, 10\] of torch.float32"),
-        (None, r"holds no samples .*; give samples\.safetensors"),
+        (None, r"holds no samples .*; give a samples\.safetensors"),
     ],
 )
 def test_samples_of_something_else_are_refused(text_run, tmp_path, samples, match):
