@@ -9,6 +9,7 @@ import torch
 from cases import cases
 from ranks import setup_of
 from reading import hashes_of
+from replicas import DEEPSPEED, engine_options
 from safetensors.torch import load_file
 from toy import points_task
 
@@ -42,6 +43,9 @@ SETUPS = {
     "never": (3, ("parallel.sync=never",)),
     "ddp": (4, BLOCK),
     "fsdp": (4, (*BLOCK, "parallel.replica_engine=fsdp")),
+    "zero1": (4, BLOCK),
+    "zero2": (4, BLOCK),
+    "zero3": (4, (*BLOCK, "train.ema_decay=0", "train.ema_rampup=0")),
 }
 """Ranks and options of everything that shares the work in its own way."""
 STEPS = 8
@@ -87,6 +91,9 @@ def draw_rank(rank, name, run_dir, out, options):
 )
 def test_it_trains_resumes_bit_for_bit_evaluates_and_exports(ranks, tmp_path, name, setup):
     world_size, options = SETUPS[setup]
+    if setup.startswith("zero"):
+        ranks.preload(*DEEPSPEED)
+        options = (*options, *engine_options(tmp_path, setup))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     evaluation = ranks.run(world_size, train_rank, name, whole, options)[0]
     half = f"train.max_steps={STEPS // 2}"
@@ -106,10 +113,10 @@ def test_it_trains_resumes_bit_for_bit_evaluates_and_exports(ranks, tmp_path, na
         assert alone.figures[key] == pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True), key
 
     export(config, tmp_path / "out")
-    answers_of_export_are_the_chains(ranks, name, setup, whole, tmp_path, evaluation.value)
+    answers_of_export_are_the_chains(ranks, name, options, whole, tmp_path, evaluation.value)
 
 
-def answers_of_export_are_the_chains(ranks, name, setup, run_dir, tmp_path, value):
+def answers_of_export_are_the_chains(ranks, name, options, run_dir, tmp_path, value):
     """Compares a loaded model with the chain: by its figure, or by the samples that both draw."""
     model = dbdist.load(tmp_path / "out")
     if name == "points":
@@ -118,7 +125,6 @@ def answers_of_export_are_the_chains(ranks, name, setup, run_dir, tmp_path, valu
         mse = (model(batch) - batch["target"]).square().sum(dim=-1).mean().item()
         assert mse == pytest.approx(value, rel=1e-4)
         return
-    options = SETUPS[setup][1]
     chain, alone = tmp_path / "chain", tmp_path / "alone"
     num_blocks = config_of(name, run_dir, *options).num_blocks
     ranks.run(num_blocks, draw_rank, name, run_dir, chain, (*options, "eval.micro_batch_size=3"))
