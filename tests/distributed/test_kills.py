@@ -15,11 +15,18 @@ from dbdist.bench.job import send
 from dbdist.bench.soak import read_metrics
 
 LAST = 160
-WORDS = (
-    f"--config configs/digits.yaml --model.num_layers 3 --train.max_steps {LAST} "
-    "--train.schedule_steps 160 --train.warmup_steps 5 --train.log_every 3 "
-    "--checkpoint.every_steps 7 --eval.every_steps 20"
-).split()
+COMMON = (
+    f"--model.num_layers 3 --train.max_steps {LAST} --train.log_every 3 --checkpoint.every_steps 7 "
+    "--train.warmup_steps 5"
+)
+TASKS = {
+    "classification": "digits --train.schedule_steps 160 --eval.every_steps 20",
+    "generation": "digits-dit --model.hidden_size 16 --train.batch_size 16 --eval.every_steps 80 "
+    "--eval.batch_size 60",
+    "masked_text": "kjv-mdm --model.hidden_size 16 --train.batch_size 4 --data.length 32 "
+    "--train.schedule_steps 160 --eval.every_steps 80",
+}
+"""Preset and options of each."""
 OF_RANK_0 = (
     "in a broadcast",
     "claiming the run directory",
@@ -50,11 +57,12 @@ class FromOutside:
     after_s: float
 
 
-def plan_of(seed):
-    """The faults of each attempt: every moment once, and thrice from outside."""
+def plan_of(seed, starts):
+    """The faults of each attempt: of 17, every moment once and thrice from outside."""
     draw = random.Random(seed)
     order = [*(moment for moment in MOMENTS if moment != "a step"), None, None, None]
     draw.shuffle(order)
+    order = order[:starts]
     plan, from_outside = [], {}
     for attempt, moment in enumerate(order):
         if moment is None:
@@ -89,25 +97,31 @@ def tensorboard_of(run_dir, tag):
     return [(event.step, event.value) for event in board.Scalars(tag)]
 
 
-@pytest.fixture(scope="module")
-def untouched(machine):
-    run_dir = machine.folder / "untouched"
-    machine.run("dbdist.train", *WORDS, "--run_dir", run_dir, ranks=3)
-    hashes, _ = result_of(run_dir)
-    assert len([name for name in hashes if name.endswith(".optimizer.safetensors")]) == 4
-    assert complete_steps(run_dir)[-1] == LAST
-    return run_dir
+def words_of(task, run_dir):
+    config, *options = TASKS[task].split()
+    words = ("--config", f"configs/{config}.yaml", *options, *COMMON.split())
+    return (*words, "--run_dir", run_dir)
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.slow
-def test_a_run_that_loses_ranks_leaves_what_an_untouched_one_leaves(machine, untouched, tmp_path):
+@pytest.mark.parametrize(
+    ("task", "seed", "starts"),
+    [("classification", 0, 17), ("generation", 1, 6), ("masked_text", 2, 6)],
+)
+def test_a_run_that_loses_ranks_leaves_what_an_untouched_one_leaves(
+    machine, tmp_path, task, seed, starts
+):
+    untouched = tmp_path / "untouched"
+    machine.run("dbdist.train", *words_of(task, untouched), ranks=3)
+    hashes, _ = result_of(untouched)
+    assert len([name for name in hashes if name.endswith(".optimizer.safetensors")]) == 4
+    assert complete_steps(untouched)[-1] == LAST
+
     run_dir = tmp_path / "run"
-    plan, from_outside = plan_of(seed=0)
-    assert len(plan) + 2 * len(from_outside) == 20
-    starts = len(plan) + len(from_outside)
-    words = (*WORDS, "--run_dir", run_dir)
-    job = machine.failing(3, plan, *words, restarts=starts, is_new=True)
+    plan, from_outside = plan_of(seed, starts)
+    assert len(plan) + len(from_outside) == starts
+    job = machine.failing(3, plan, *words_of(task, run_dir), restarts=starts, is_new=True)
     seen = kill_from_outside(job, from_outside, run_dir)
     printed = machine.finish(job)
     assert seen == (2 * len(from_outside), starts), printed
