@@ -130,6 +130,22 @@ def test_figures_that_cannot_be_read_are_refused_by_name(tmp_path, monkeypatch, 
     assert (evaluation.step, find_checkpoint(tmp_path).step) == (1, 1)
 
 
+def train_with_a_mistake(rank, run_dir):
+    config = config_of(run_dir, "train.max_steps=2")
+    topology = rank.join(layout_of(config, rank.launch.world_size))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(points_task.PointsTask, "figures", lambda self: [Wrong()])
+        patch.setattr(Wrong, "scores", torch.ones(64))
+        with pytest.raises(ConfigError, match="Wrong gives scores"):
+            train(config, topology)
+    return True
+
+
+def test_an_evaluation_that_fails_costs_no_ranks_work(ranks, tmp_path):
+    assert ranks.run(3, train_with_a_mistake, tmp_path) == [True] * 3
+    assert find_checkpoint(tmp_path).step == 2
+
+
 class OfRank(points_task.PointFigures):
     """Figures that depend on the process, as networks in files of a node do."""
 
