@@ -4,8 +4,9 @@
     python -m dbdist.bench.bigrams runs/kjv-mdm runs/kjv-mdm/samples-…/samples.safetensors
 
 Prints one line of JSON: total variation distances (0: the same frequencies, 1: no pair in common)
-from the pairs of the training text. `samples` is to be read between `held_out`, as much of the
-text that was held out, and `independent`, symbols that are as frequent but know no neighbour.
+from the pairs of the training text. `samples` is to be read beside `train` and `held_out`, as many
+windows spread over either text, and `independent`, symbols that are as frequent but know no
+neighbour.
 """
 
 import json
@@ -49,13 +50,12 @@ def run(argv: list[str]) -> None:
     size = spec.vocabulary_size
     if size > MAX_SYMBOLS:
         raise ConfigError(f"the text has {size:,} symbols; pairs are counted of {MAX_SYMBOLS:,}")
-    num_held_out = min(len(test_set), len(samples))
     pairs, single = frequencies(windows_of(train_set, len(train_set)), size)
     result = {
         "num_samples": len(samples),
-        "num_held_out": num_held_out,
         "samples": distance(frequencies([samples], size)[0], pairs),
-        "held_out": distance(frequencies(windows_of(test_set, num_held_out), size)[0], pairs),
+        "train": distance(frequencies(windows_of(train_set, len(samples)), size)[0], pairs),
+        "held_out": distance(frequencies(windows_of(test_set, len(samples)), size)[0], pairs),
         "independent": distance(torch.outer(single, single).flatten(), pairs),
     }
     print(json.dumps({k: round(v, 4) for k, v in result.items()}))
@@ -69,7 +69,8 @@ def ids_of(path: Path, spec: TextSpec) -> Tensor:
         raise ConfigError(
             f"{path} holds no samples ({error}); give a samples.safetensors"
         ) from None
-    if ids.dtype != torch.int64 or ids.ndim != 2 or not (0 <= ids).all():
+    is_text = ids.dtype == torch.int64 and ids.ndim == 2 and ids.numel() and ids.shape[1] > 1
+    if not is_text or (ids < 0).any():
         raise ConfigError(f"{path} holds no text, but {list(ids.shape)} of {ids.dtype}")
     if (ids >= spec.vocabulary_size).any():
         raise ConfigError(
@@ -80,9 +81,11 @@ def ids_of(path: Path, spec: TextSpec) -> Tensor:
 
 
 def windows_of(dataset: Dataset, num: int) -> Iterator[Tensor]:
-    """The ids (n, T) of a data set's first `num` windows, some at a time."""
-    for first in range(0, num, CHUNK):
-        yield dataset.__getitems__([*range(first, min(num, first + CHUNK))])["tokens"]
+    """The ids (n, T) of `num` windows at equal distances, of all if it has fewer; some at a time."""
+    count = min(num, len(dataset))
+    keys = [i * len(dataset) // count for i in range(count)]
+    for first in range(0, count, CHUNK):
+        yield dataset.__getitems__(keys[first : first + CHUNK])["tokens"]
 
 
 def frequencies(windows: Iterable[Tensor], size: int) -> tuple[Tensor, Tensor]:

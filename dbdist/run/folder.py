@@ -232,30 +232,28 @@ def last_schedule_step(config: Config, num_train: int) -> int | None:
 
 def config_file_of(run_dir: Path) -> Path:
     """RUN/config.yaml. Raises ConfigError where there is no run."""
-    path = run_dir / "config.yaml"
-    with _naming(path):
-        is_there = _is_whole(path)
-    if not is_there:
+    if read_config(run_dir) is None:
         beside = Path(Config().run_dir).parent / run_dir
         meant = f"did you mean {beside}?" if (beside / "config.yaml").is_file() else ""
         raise ConfigError(
             f"{run_dir} holds no run (config.yaml is missing); "
             f"{meant or 'give the folder of a trained one'}"
         )
-    return path
+    return run_dir / "config.yaml"
 
 
 def config_of_run(prog: str, description: str, argv: list[str]) -> Config:
     """RUN/config.yaml with the command line's changes. Raises ConfigError where there is no run."""
     own = config_of_folder(argv)
+    if not own:  # --help, the usual folder, or none
+        run_dir = parse_config(prog, description, argv).run_dir
+        own = ["--config", str(config_file_of(Path(run_dir)))]
+        argv = [*argv, "--run_dir", run_dir]
+    path = Path(own[1])
+    with _naming(path):
+        _is_whole(path)
     try:
-        given = parse_config(prog, description, argv, own)
+        return parse_config(prog, description, argv, own).validate()
     except ConfigError:
-        if own:
-            read_config(Path(own[1]).parent)  # whose mistake it is
+        read_config(path.parent)  # if it is the file's mistake, this says so
         raise
-    file = ["--config", str(config_file_of(Path(given.run_dir)))]
-    if file != own:  # the folder's name is not in argv
-        config = parse_config(prog, description, argv, first=file)
-        given = dataclasses.replace(config, run_dir=given.run_dir)
-    return given.validate()

@@ -340,12 +340,12 @@ class Trainer:
             with suppress(RuntimeError):  # the store is gone too
                 self._record(step, scalars, due)
             raise
+        self.topology.watch.at("recording")
         self._record(step, scalars, due)
         return evaluation
 
     def _record(self, step: int, scalars: dict[str, float], due: Due) -> None:
         if due.record:
-            self.topology.watch.at("recording")
             is_last = step == self.max_steps
             self.records.post(step, scalars, with_histograms=due.evaluate or is_last)
 

@@ -37,6 +37,11 @@ def shares(windows):
     return {pair: count / pairs.total() for pair, count in pairs.items()}
 
 
+def spread(windows, num):
+    num = min(num, len(windows))
+    return windows[[i * len(windows) // num for i in range(num)]]
+
+
 def distance(one, other):
     return sum(abs(one.get(p, 0) - other.get(p, 0)) for p in {*one, *other}) / 2
 
@@ -53,9 +58,9 @@ def test_distances_are_those_of_counted_pairs(text_run, tmp_path, capsys):
     independent = {(a, b): single[a] * single[b] for a in single for b in single}
     assert found == {
         "num_samples": 20,
-        "num_held_out": min(20, len(test)),
         "samples": pytest.approx(distance(shares(samples), corpus), abs=1e-4),
-        "held_out": pytest.approx(distance(shares(test[:20]), corpus), abs=1e-4),
+        "train": pytest.approx(distance(shares(spread(train, 20)), corpus), abs=1e-4),
+        "held_out": pytest.approx(distance(shares(spread(test, 20)), corpus), abs=1e-4),
         "independent": pytest.approx(distance(independent, corpus), abs=1e-4),
     }
 
@@ -65,6 +70,8 @@ def test_distances_are_those_of_counted_pairs(text_run, tmp_path, capsys):
     [
         (torch.full((2, 10), 99), "has the id 99, but the text has 4 symbols"),
         (torch.rand(2, 10), r"holds no text, but \[2, 10\] of torch.float32"),
+        (torch.zeros(3, 1, dtype=torch.int64), r"holds no text, but \[3, 1\] of torch.int64"),
+        (torch.zeros(0, 10, dtype=torch.int64), r"holds no text, but \[0, 10\] of torch.int64"),
         (None, r"holds no samples .*; give a samples\.safetensors"),
     ],
 )
