@@ -81,7 +81,7 @@ def ids_of(path: Path, spec: TextSpec) -> Tensor:
 
 
 def windows_of(dataset: Dataset, num: int) -> Iterator[Tensor]:
-    """The ids (n, T) of `num` windows at equal distances, of all if it has fewer; some at a time."""
+    """The ids (n, T) of `num` windows at equal distances, or of all; some at a time."""
     count = min(num, len(dataset))
     keys = [i * len(dataset) // count for i in range(count)]
     for first in range(0, count, CHUNK):
