@@ -124,7 +124,8 @@ def test_figures_that_cannot_be_read_are_refused_by_name(tmp_path, monkeypatch, 
     config = config_of(tmp_path, "mode=sequential", "train.max_steps=1")
     with pytest.raises(ConfigError, match=match):
         train(config, Topology(Layout(1)))
-    assert find_checkpoint(tmp_path).step == 1, "what was trained is there"
+    if "scores" in mistake:  # names are compared before the first step
+        assert find_checkpoint(tmp_path).step == 1, "what was trained is there"
     monkeypatch.undo()
     evaluation = train(config, Topology(Layout(1)))
     assert evaluation is not None
