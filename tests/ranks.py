@@ -59,6 +59,7 @@ class RankPool:
         self._forks = forks
         self._workers: list[tuple[Forked, Connection]] = []
         self._preloaded: set[str] = set()
+        self._folder = tempfile.TemporaryDirectory()  # what relative paths are in
 
     def run(
         self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0
@@ -94,7 +95,7 @@ class RankPool:
 
     def _start_worker(self) -> None:
         with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/meet") as listener:
-            words = ["-m", "ranks", f"{folder}/meet"]
+            words = ["-m", "ranks", f"{folder}/meet", self._folder.name]
             here = Path(__file__).parent
             process = self._forks.start(words, dict(os.environ), here, Path(os.devnull))
             self._workers.append((process, listener.accept()))
@@ -175,4 +176,5 @@ def setup_of(config: Config) -> Any:
 if __name__ == "__main__":
     import ranks
 
+    os.chdir(sys.argv[2])
     ranks.serve(Client(sys.argv[1]))
