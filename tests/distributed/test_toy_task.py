@@ -132,23 +132,6 @@ def test_figures_that_cannot_be_read_are_refused_by_name(tmp_path, monkeypatch, 
     assert evaluation.step == 1
 
 
-def train_with_a_mistake(rank, run_dir):
-    config = config_of(run_dir, "train.max_steps=2")
-    topology = rank.join(layout_of(config, rank.launch.world_size))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(points_task.PointsTask, "figures", lambda self: [Wrong()])
-        patch.setattr(Wrong, "scores", torch.ones(64))
-        with pytest.raises(Exception) as caught:  # noqa: PT011  # or that another rank is gone
-            train(config, topology)
-    return str(caught.value)
-
-
-def test_an_evaluation_that_fails_costs_no_ranks_work(ranks, tmp_path):
-    errors = ranks.run(3, train_with_a_mistake, tmp_path)
-    assert any("Wrong gives scores" in error for error in errors)
-    assert find_checkpoint(tmp_path).step == 2
-
-
 class OfRank(points_task.PointFigures):
     """Figures that depend on the process, as networks in files of a node do."""
 
